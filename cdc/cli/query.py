@@ -1,0 +1,76 @@
+"""``cdc query``: SQL against the warehouse, while a consumer writes to it or not."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+
+import click
+import duckdb
+from rich.console import Console
+from rich.table import Table
+
+from cdc.cli.options import with_settings
+from cdc.errors import CdcError
+from cdc.settings import Settings
+from cdc.sink.warehouse import open_for_reading, quote
+
+__all__ = ["query"]
+
+PATIENCE_S = 30.0
+"""How long a query waits for the consumer to let go of the file."""
+
+_PLAIN = ("BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
+
+
+@click.command()
+@click.argument("sql")
+@click.option("--format", "form", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
+@with_settings("warehouse")
+def query(settings: Settings, sql: str, form: str) -> None:
+    """Run one SQL query and print its rows.
+
+    \b
+    Examples:
+      cdc query "SELECT count(*) FROM public.orders"
+      cdc query --format csv "FROM public.orders LIMIT 10"
+      cdc query "SELECT * FROM _cdc.freshness"
+    """
+    connection = open_for_reading(settings.warehouse, PATIENCE_S)
+    try:
+        names, rows = _run(connection, sql)
+    except duckdb.Error as error:
+        raise CdcError(f"the query failed: {str(error).splitlines()[0]}", "tables are named as in Postgres") from None
+    finally:
+        connection.close()
+    _print(form, names, rows)
+
+
+def _run(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[list[str], list[tuple[object, ...]]]:
+    """Return names and rows; what Python has no exact value for (infinite dates, big decimals) comes as DuckDB's text."""
+    relation = connection.sql(sql)
+    if relation is None:
+        return [], []
+    names = list(relation.columns)
+    columns = [
+        quote(name) if str(kind) in _PLAIN else f"CAST({quote(name)} AS VARCHAR)"
+        for name, kind in zip(names, relation.types, strict=True)
+    ]
+    if len(set(names)) == len(names):  # a name that comes twice cannot be projected
+        relation = relation.project(", ".join(columns))
+    return names, relation.fetchall()
+
+
+def _print(form: str, names: list[str], rows: list[tuple[object, ...]]) -> None:
+    if form == "json":
+        click.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=2, default=str))
+    elif form == "csv":
+        writer = csv.writer(sys.stdout)
+        writer.writerow(names)
+        writer.writerows(rows)
+    else:
+        table = Table(*names)
+        for row in rows:
+            table.add_row(*("" if value is None else str(value) for value in row))
+        Console().print(table)

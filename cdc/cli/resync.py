@@ -1,0 +1,82 @@
+"""``cdc resync``: mark tables to be copied anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import click
+
+from cdc.cli.options import with_settings
+from cdc.errors import CdcError, SettingsError, StateError
+from cdc.settings import Settings
+from cdc.sink.checkpoint import Ledger, Table
+from cdc.sink.warehouse import Warehouse
+from cdc.source import slot
+from cdc.source.connection import connect
+
+__all__ = ["resync"]
+
+PATIENCE_S = 60.0
+
+
+@click.command()
+@click.argument("tables", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="every table; makes a new slot too, if the old one is gone")
+@with_settings("dsn", "warehouse", "slot")
+def resync(settings: Settings, tables: tuple[str, ...], everything: bool) -> None:
+    """Copy tables anew, while everything else streams on.
+
+    A running consumer begins at once, another one when it is started. Readers see the old content until the new one
+    is complete.
+
+    \b
+    Examples:
+      cdc resync public.orders
+      cdc resync --all
+    """
+    if bool(tables) == everything:
+        raise click.UsageError("name the tables, or say --all")
+    if not settings.warehouse.exists():
+        raise CdcError(f"there is no warehouse {settings.warehouse} yet", "`cdc run` copies everything the first time")
+    warehouse = Warehouse(settings.warehouse, settings.memory, settings.threads, settings.tmp)
+    deadline = time.monotonic() + PATIENCE_S
+    warehouse.acquire(give_up=lambda: time.monotonic() > deadline)
+    try:
+        ledger = Ledger(warehouse)
+        ledger.load()
+        if ledger.checkpoint is None:
+            raise StateError(f"{settings.warehouse} is no warehouse of cdc", "set CDC_WAREHOUSE to the one you mean")
+        chosen = _choose(ledger, tables)
+        warehouse.begin()
+        for table in chosen:
+            # What is up to date stays so until the new copy takes its place; what is not begins anew.
+            state = "resyncing" if table.state == "streaming" else "pending"
+            ledger.put(dataclasses.replace(table, state=state, reason=""))
+        if everything and _slot_is_of_no_use(settings, ledger.checkpoint.lsn):
+            ledger.forget_position()
+        warehouse.commit()
+    finally:
+        warehouse.release()
+    click.echo(f"marked to be copied anew: {', '.join(map(str, chosen)) or 'nothing'}")
+
+
+def _choose(ledger: Ledger, names: tuple[str, ...]) -> list[Table]:
+    known = {str(table): table for table in ledger.tables.values() if table.state != "dropped"}
+    known |= {str(table): table for table in ledger.tables.values() if str(table) not in known}
+    if not names:
+        return [table for table in ledger.tables.values() if table.state != "dropped"]
+    for name in names:
+        if name not in known:
+            raise SettingsError(f"no table {name} is known", "name it as schema.table; `cdc status` lists them")
+    return [known[name] for name in names]
+
+
+def _slot_is_of_no_use(settings: Settings, lsn: int | None) -> bool:
+    """Whether the slot no longer holds everything from the checkpoint on."""
+    with connect(settings.dsn) as connection:
+        found = slot.read(connection, settings.slot)
+    if found is None or found.wal_status == "lost" or found.restart_lsn is None:
+        return True
+    return lsn is not None and found.confirmed_flush_lsn is not None and found.confirmed_flush_lsn > lsn
+

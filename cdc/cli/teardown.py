@@ -1,0 +1,34 @@
+"""``cdc teardown``: remove what we made in Postgres."""
+
+from __future__ import annotations
+
+import click
+
+from cdc.cli.options import with_settings
+from cdc.errors import StateError
+from cdc.settings import Settings
+from cdc.source import publication, slot
+from cdc.source.connection import connect
+
+__all__ = ["teardown"]
+
+
+@click.command()
+@with_settings("dsn", "slot", "publication")
+def teardown(settings: Settings) -> None:
+    """Remove the slot and the publications that cdc made; warehouse and history stay as they are.
+
+    Without its slot the warehouse cannot be continued: a later `cdc run --fresh` copies everything anew.
+    """
+    with connect(settings.dsn) as connection:
+        found = slot.read(connection, settings.slot)
+        if found is not None and found.active:
+            raise StateError(
+                f"replication slot {settings.slot} is in use by process {found.active_pid} of the server",
+                "stop the consumer first",
+            )
+        if found is not None:
+            slot.drop(connection, settings.slot)
+            click.echo(f"dropped replication slot {settings.slot}")
+        for name in publication.drop(connection, settings.publication):
+            click.echo(f"dropped publication {name}")

@@ -1,0 +1,26 @@
+"""Log sequence numbers: 64-bit byte positions in the write-ahead log.
+
+Inside, an LSN is an `int`; text such as ``16/B374D848`` is for people and for SQL alone.
+Source: PostgreSQL manual, "pg_lsn Type".
+"""
+
+from __future__ import annotations
+
+__all__ = ["format_lsn", "parse_lsn"]
+
+
+def parse_lsn(text: str) -> int:
+    """Return the position that `text` (``XXXXXXXX/XXXXXXXX``, hexadecimal) names.
+
+    Raises:
+        ValueError: `text` is not an LSN.
+    """
+    high, slash, low = text.partition("/")
+    if not slash or not 1 <= len(high) <= 8 or not 1 <= len(low) <= 8:
+        raise ValueError(f"not an LSN: {text!r}")
+    return (int(high, 16) << 32) | int(low, 16)
+
+
+def format_lsn(lsn: int) -> str:
+    """Return `lsn` as Postgres prints it, for example ``16/B374D848``."""
+    return f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}"

@@ -1,0 +1,183 @@
+"""The settings: by flag, environment variable or ``cdc.toml``, in that order of precedence, under the same names.
+
+The names of the polling predecessor (POSTGRES_HOST, DUCKDB_PATH, ...) are read as well; where both are set, ours wins.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.errors import ProgrammingError
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from cdc.errors import SettingsError
+
+__all__ = ["Settings", "load"]
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
+
+
+def _bytes(value: object) -> object:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+    if not match or match[2].lower() not in _UNITS:
+        raise ValueError(f"not a size such as 64MB: {value!r}")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def _seconds(value: object) -> object:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+    if not match or match[2].lower() not in _SECONDS:
+        raise ValueError(f"not a duration such as 1s or 200ms: {value!r}")
+    return float(match[1]) * _SECONDS[match[2].lower()]
+
+
+def _names(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(",") if name.strip())
+    return value
+
+
+Size = Annotated[int, BeforeValidator(_bytes)]
+Duration = Annotated[float, BeforeValidator(_seconds)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
+
+PREDECESSOR = {
+    "POSTGRES_SCHEMA": None,
+    "POSTGRES_TABLE": None,
+    "POSTGRES_HOST": None,
+    "POSTGRES_PORT": None,
+    "POSTGRES_DB": None,
+    "POSTGRES_USER": None,
+    "POSTGRES_PASSWORD": None,
+    "SYNC_INTERVAL_SECONDS": "flush_interval",
+    "BATCH_SIZE": "flush_rows",
+    "DUCKDB_PATH": "warehouse",
+    "PARQUET_DIR": "history",
+}
+"""The predecessor's variables that mean one of our settings; None: several together do."""
+
+
+class Settings(BaseSettings):
+    """What `cdc` is told. Sizes are bytes and durations seconds once read."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="CDC_", toml_file="cdc.toml", extra="forbid", frozen=True, env_ignore_empty=False
+    )
+
+    dsn: str = Field("", description="the source database: a URL or conninfo string, TLS options included")
+    warehouse: Path = Field(Path("lake/warehouse.duckdb"), description="the DuckDB database")
+    history: Path | None = Field(Path("lake/history"), description="folder of the Parquet change log; empty: none")
+    slot: str = Field("cdc", pattern=r"^[a-z0-9_]{1,63}$", description="the replication slot")
+    publication: str = Field("cdc", min_length=1, max_length=56, description="the publication")
+    tables: Annotated[Names, Field(description="schema.table names or patterns, by comma; empty: every user table")] = ()
+    flush_interval: Annotated[Duration, Field(gt=0, le=3600, description="longest time that a batch is collected")] = 1.0
+    flush_rows: int = Field(100_000, ge=1, le=10_000_000, description="largest number of changes in a batch")
+    flush_bytes: Annotated[Size, Field(ge=1, le=10**9, description="largest size of a batch")] = 64_000_000
+    memory: Annotated[Size, Field(ge=64_000_000, description="DuckDB's memory limit")] = 512_000_000
+    threads: int = Field(os.cpu_count() or 2, ge=1, le=1024, description="DuckDB's threads, and those of a copy")
+    tmp: Path | None = Field(None, description="DuckDB's folder for spilling; default: beside the warehouse")
+    deletes: Literal["hard", "soft"] = Field("hard", description="soft: deleted rows stay, with _deleted_at")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then the environment, then ``cdc.toml``."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def load(flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Settings:
+    """Return the settings that `flags`, the environment and ``cdc.toml`` give together.
+
+    Args:
+        flags: setting name (``flush_rows``) to value, only those that were given.
+
+    Raises:
+        SettingsError: a value is not usable, or a ``CDC_`` variable or key of ``cdc.toml`` is unknown.
+    """
+    _refuse_unknown(environ)
+    values = dict(flags)
+    if environ.get("CDC_HISTORY") == "":
+        values.setdefault("history", None)
+    for name, value in _predecessor(environ).items():
+        if f"CDC_{name.upper()}" not in environ:
+            values.setdefault(name, value)
+    if values.get("history") == "":
+        values["history"] = None
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        raise _explain(error) from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"cdc.toml cannot be read: {error}", "mend the file, or take it away") from None
+    try:
+        conninfo_to_dict(settings.dsn)
+    except ProgrammingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SettingsError(
+            f"CDC_DSN is no connection string: {reason}", "write it as postgresql://user@host:5432/database"
+        ) from None
+    return settings
+
+
+def _predecessor(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return the settings that the polling predecessor's variables stand for."""
+    values: dict[str, Any] = {
+        ours: environ[theirs] for theirs, ours in PREDECESSOR.items() if ours and environ.get(theirs)
+    }
+    keys = {"HOST": "host", "PORT": "port", "DB": "dbname", "USER": "user", "PASSWORD": "password"}
+    parts = {key: environ[f"POSTGRES_{name}"] for name, key in keys.items() if environ.get(f"POSTGRES_{name}")}
+    if parts:
+        values["dsn"] = make_conninfo("", **parts)
+    if table := environ.get("POSTGRES_TABLE"):
+        values["tables"] = f"{environ.get('POSTGRES_SCHEMA') or 'public'}.{table}"
+    elif schema := environ.get("POSTGRES_SCHEMA"):
+        values["tables"] = f"{schema}.*"
+    return values
+
+
+def _refuse_unknown(environ: Mapping[str, str]) -> None:
+    known = [f"CDC_{name.upper()}" for name in Settings.model_fields]
+    for name in environ:
+        if name.startswith("CDC_") and name not in known and name not in _OF_TESTS:
+            raise SettingsError(f"unknown setting {name}", _suggestion(name, known))
+
+
+_OF_TESTS = ("CDC_CRASH_AT",)
+"""Variables with our prefix that are no settings: the named crash points (cdc/failpoints.py)."""
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else "the settings are: " + ", ".join(known)
+
+
+def _explain(error: ValidationError) -> SettingsError:
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        return SettingsError(f"unknown setting {name} in cdc.toml", _suggestion(name, list(Settings.model_fields)))
+    reason = first["msg"].removeprefix("Value error, ")
+    field = Settings.model_fields.get(name)
+    description = field.description if field else None
+    return SettingsError(f"CDC_{name.upper()}: {reason}", f"it is {description}" if description else "")

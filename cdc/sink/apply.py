@@ -1,0 +1,320 @@
+"""The changes of one table, applied to one DuckDB table, inside the transaction that is open.
+
+    resolve    values of unchanged TOAST, from earlier in the batch, else from the warehouse at the OLD key
+    collapse   last change per key
+    write      DELETE ... USING, then INSERT; no PRIMARY KEY, no MERGE (doc: docs/internals)
+
+The order of what it is given is the order of the stream. Applied twice it would be wrong: the checkpoint, moved in the
+same transaction, is what keeps that from happening.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from cdc.errors import TableError
+from cdc.failpoints import reach
+from cdc.pgoutput.changes import TableChanges
+from cdc.pgoutput.types import column_type
+from cdc.sink import rows
+from cdc.sink.checkpoint import Table
+from cdc.sink.history import as_log
+from cdc.sink.schema import DELETED_AT
+from cdc.sink.warehouse import Warehouse, quote
+
+__all__ = ["apply", "insert", "quarantine"]
+
+# Types that DuckDB's Arrow export gives back as something else than what the decoder makes of them.
+_AS_TEXT = ("JSON", "UUID")
+
+
+def apply(
+    warehouse: Warehouse, table: Table, target: str, changes: TableChanges, log: Callable[[pa.Table], None] | None
+) -> None:
+    """Apply `changes` to the DuckDB table `target` (quoted).
+
+    Args:
+        table: whose changes these are, and how its deletes are kept.
+        log: takes the resolved changes for the history; None: they are in there already.
+
+    Raises:
+        TableError: this table cannot be brought to where Postgres has it.
+    """
+    work = _Work(warehouse, table, target)
+    try:
+        for segment in rows.segments(changes):
+            if segment.op[0] == rows.TRUNCATE:
+                work.truncate(int(segment.commit_ts[0]))
+            resolved = work.resolve(segment)
+            if log is not None:
+                names = [column.name for column in resolved.relation.columns]
+                meta = (resolved.op, resolved.lsn, resolved.seq, resolved.xid, resolved.commit_ts)
+                log(as_log(*meta, names, resolved.columns))
+            reach("mid_duck_apply")
+            work.write(resolved)
+    except (duckdb.ProgrammingError, duckdb.DataError, duckdb.IntegrityError, duckdb.NotSupportedError) as error:
+        reason = str(error).splitlines()[0]
+        raise TableError(f"table {table} cannot be applied: {reason}", table.oid, f"cdc resync {table}") from error
+
+
+class _Work:
+    """One table's part of one batch."""
+
+    def __init__(self, warehouse: Warehouse, table: Table, target: str) -> None:
+        self.warehouse = warehouse
+        self.table = table
+        self.target = target
+        self.soft = table.deletes == "soft"
+
+    def truncate(self, commit_ts: int) -> None:
+        if self.soft:
+            sql = f"UPDATE {self.target} SET {quote(DELETED_AT)} = make_timestamptz(?) WHERE {quote(DELETED_AT)} IS NULL"
+            self.warehouse.execute(sql, [commit_ts])
+        else:
+            self.warehouse.execute(f"DELETE FROM {self.target}")
+        where = "schema_name = ? AND table_name = ?"
+        self.warehouse.execute(
+            f"UPDATE _cdc.quarantine SET current = false WHERE {where} AND current", [self.table.schema, self.table.name]
+        )
+
+    def resolve(self, changes: TableChanges) -> TableChanges:
+        """Return `changes` with every unchanged value filled in."""
+        if not changes.unchanged:
+            return changes
+        key = changes.relation.key
+        if not key:
+            raise TableError(
+                f"table {self.table} has unchanged values but no key to find them by", self.table.oid, "cdc resync it"
+            )
+        codes = rows.key_codes([changes.columns[i] for i in key])
+        traced = {i: rows.trace(codes, changes.op, mask) for i, mask in changes.unchanged.items()}
+        asked = np.unique(np.concatenate([s.keyed[s.donors < 0] for s in traced.values()]))
+        stored = self._look_up(changes, asked, sorted(traced)) if len(asked) else None
+        columns = list(changes.columns)
+        for index, sources in traced.items():
+            pool = columns[index]
+            take = np.arange(len(pool))
+            take[sources.rows] = sources.donors
+            absent = sources.donors < 0
+            if stored is not None:
+                pool = pa.concat_arrays([pool, stored[index]])
+                take[sources.rows[absent]] = len(columns[index]) + np.searchsorted(asked, sources.keyed[absent])
+            columns[index] = pool.take(pa.array(take))
+        changes.columns[:] = columns
+        changes.unchanged.clear()
+        return changes
+
+    def _look_up(self, changes: TableChanges, asked: npt.NDArray[np.int64], wanted: Sequence[int]) -> dict[int, pa.Array]:
+        """Return, per column index in `wanted`, the warehouse's values of the rows with the keys of rows `asked`."""
+        need = self._keys(changes, asked).append_column("_cdc_n", pa.array(np.arange(len(asked))))
+        names = {i: quote(changes.relation.columns[i].name) for i in wanted}
+        kinds = {i: self._kind(changes, i) for i in wanted}
+        picks = ", ".join(
+            f"CAST(t.{names[i]} AS VARCHAR) AS c{i}" if kinds[i] in _AS_TEXT else f"t.{names[i]} AS c{i}" for i in wanted
+        )
+        with self.warehouse.view("_need", need):
+            found = self.warehouse.arrow(
+                f"SELECT n._cdc_n, {picks} FROM {self._keyed('_need', changes, '_cdc_n')} n JOIN {self.target} t "
+                f"ON {self._match(changes, 'n')} ORDER BY n._cdc_n"
+            )
+        if found.num_rows != len(asked):
+            raise self._missing(len(asked) - found.num_rows)
+        return {i: _one(found[f"c{i}"]).cast(changes.columns[i].type) for i in wanted}
+
+    def write(self, changes: TableChanges) -> None:
+        """Bring the target to where resolved `changes` leave it."""
+        op = changes.op
+        quarantine(self.warehouse, self.table, changes)
+        if not self.soft and (op == rows.INSERT).all():
+            insert(self.warehouse, self.target, _relation_table(changes, None))
+        elif changes.relation.key:
+            self._write_keyed(changes)
+        else:
+            self._write_unkeyed(changes)
+
+    def _write_keyed(self, changes: TableChanges) -> None:
+        live = np.flatnonzero(changes.op != rows.TRUNCATE)
+        if not len(live):
+            return
+        op = changes.op[live]
+        kept = rows.collapse(rows.key_codes([changes.columns[i].take(live) for i in changes.relation.key]), op)
+        gone = op[kept.last] == rows.DELETE
+        if not self.soft:
+            # A key whose first change is an insert cannot be here yet: Postgres has it unique.
+            self._delete(changes, live[kept.last[op[kept.first] != rows.INSERT]])
+            self._insert(changes, live[kept.last[~gone]], None)
+            return
+        valued = kept.valued >= 0
+        self._delete(changes, live[kept.last[valued]])  # a key that has come back replaces its tombstone
+        stamps = np.where(gone, changes.commit_ts[live[kept.last]], -1)[valued]
+        self._insert(changes, live[kept.valued[valued]], stamps)
+        self._mark(changes, live[kept.last[~valued]])
+
+    def _write_unkeyed(self, changes: TableChanges) -> None:
+        """Tables without a key: inserts as they are; under FULL each delete takes one row that is equal throughout."""
+        added = np.flatnonzero(changes.op == rows.INSERT)
+        self._insert(changes, added, np.full(len(added), -1) if self.soft else None)
+        gone = np.flatnonzero(changes.op == rows.DELETE)
+        if not len(gone):
+            return
+        names = [quote(column.name) for column in changes.relation.columns]
+        equal = " AND ".join(f"a.{name} IS NOT DISTINCT FROM g.{name}" for name in names)
+        every = ", ".join(names)
+        table = _relation_table(changes, gone).append_column("_cdc_at", pa.array(changes.commit_ts[gone]))
+        with self.warehouse.view("_gone", table):
+            self.warehouse.execute(
+                f"""CREATE OR REPLACE TEMP TABLE _taken AS
+                WITH gone AS (
+                    SELECT *, row_number() OVER (PARTITION BY {every} ORDER BY _cdc_at) AS _cdc_nth
+                    FROM (SELECT {self._casts(changes, range(len(names)))}, _cdc_at FROM _gone)),
+                alive AS (
+                    SELECT rowid AS _cdc_row, {every},
+                        row_number() OVER (PARTITION BY {every} ORDER BY rowid) AS _cdc_nth
+                    FROM (SELECT a.rowid, a.* FROM {self.target} a SEMI JOIN gone g ON {equal}
+                        {f"WHERE a.{quote(DELETED_AT)} IS NULL" if self.soft else ""}))
+                SELECT a._cdc_row, make_timestamptz(g._cdc_at) AS _cdc_stamp
+                FROM alive a JOIN gone g ON {equal} AND a._cdc_nth = g._cdc_nth"""
+            )
+        if self.soft:
+            sql = f"UPDATE {self.target} AS t SET {quote(DELETED_AT)} = _cdc_stamp FROM _taken WHERE t.rowid = _cdc_row"
+        else:
+            sql = f"DELETE FROM {self.target} WHERE rowid IN (SELECT _cdc_row FROM _taken)"
+        (taken,) = self.warehouse.execute(sql)[0]
+        self.warehouse.execute("DROP TABLE _taken")
+        if taken != len(gone):
+            raise self._missing(len(gone) - taken)
+
+    def _delete(self, changes: TableChanges, which: npt.NDArray[np.int64]) -> None:
+        if len(which):
+            with self.warehouse.view("_keys", self._keys(changes, which)):
+                self.warehouse.execute(
+                    f"DELETE FROM {self.target} AS t USING {self._keyed('_keys', changes)} k WHERE {self._match(changes, 'k')}"
+                )
+
+    def _mark(self, changes: TableChanges, which: npt.NDArray[np.int64]) -> None:
+        """Soft-delete the rows with the keys of rows `which`."""
+        if len(which):
+            keys = self._keys(changes, which).append_column("_cdc_at", pa.array(changes.commit_ts[which]))
+            with self.warehouse.view("_keys", keys):
+                self.warehouse.execute(
+                    f"UPDATE {self.target} AS t SET {quote(DELETED_AT)} = make_timestamptz(k._cdc_at) "
+                    f"FROM {self._keyed('_keys', changes, '_cdc_at')} k "
+                    f"WHERE {self._match(changes, 'k')} AND t.{quote(DELETED_AT)} IS NULL"
+                )
+
+    def _insert(
+        self, changes: TableChanges, which: npt.NDArray[np.int64], deleted_at: npt.NDArray[np.int64] | None
+    ) -> None:
+        """Insert rows `which`; `deleted_at`: microseconds since 1970 UTC, -1 for a living row; None: no such column."""
+        if not len(which):
+            return
+        table = _relation_table(changes, which)
+        if deleted_at is not None:
+            stamps = pa.array(deleted_at, mask=deleted_at < 0).cast(pa.timestamp("us", "UTC"))
+            table = table.append_column(DELETED_AT, stamps)
+        insert(self.warehouse, self.target, table)
+
+    def _keys(self, changes: TableChanges, which: npt.NDArray[np.int64]) -> pa.Table:
+        key = changes.relation.key
+        names = [changes.relation.columns[i].name for i in key]
+        return pa.table([changes.columns[i].take(which) for i in key], names=names)
+
+    def _keyed(self, view: str, changes: TableChanges, extra: str = "") -> str:
+        return f"(SELECT {self._casts(changes, changes.relation.key)}{', ' + extra if extra else ''} FROM {view})"
+
+    def _match(self, changes: TableChanges, alias: str) -> str:
+        names = [quote(changes.relation.columns[i].name) for i in changes.relation.key]
+        return " AND ".join(f"t.{name} = {alias}.{name}" for name in names)
+
+    def _casts(self, changes: TableChanges, which: Iterable[int]) -> str:
+        parts = []
+        for i in which:
+            name, kind = quote(changes.relation.columns[i].name), self._kind(changes, i)
+            parts.append(f"CAST({name} AS {kind}) AS {name}" if kind in _AS_TEXT else name)
+        return ", ".join(parts)
+
+    @staticmethod
+    def _kind(changes: TableChanges, index: int) -> str:
+        column = changes.relation.columns[index]
+        return column_type(column.type_oid, column.typmod).duckdb
+
+    def _missing(self, count: int) -> TableError:
+        return TableError(
+            f"{count} changed rows of {self.table} are not in the warehouse: somebody else has written to the table",
+            self.table.oid,
+            f"copy it anew with: cdc resync {self.table}",
+        )
+
+
+def insert(warehouse: Warehouse, target: str, table: pa.Table) -> None:
+    """Insert all rows of `table` into `target` (quoted), by column name; DuckDB casts text to UUID and JSON."""
+    names = ", ".join(quote(name) for name in table.column_names)
+    with warehouse.view("_rows", table):
+        warehouse.execute(f"INSERT INTO {target} ({names}) SELECT {names} FROM _rows")
+
+
+def quarantine(warehouse: Warehouse, table: Table, changes: TableChanges) -> None:
+    """Keep the exact text of values that their type cannot hold; what newer changes replace is no longer current.
+
+    Raises:
+        TableError: such a value is in a key column, which can hold no NULL.
+    """
+    key = changes.relation.key
+    here = [table.schema, table.name]
+    has_current = warehouse.execute(
+        "SELECT 1 FROM _cdc.quarantine WHERE schema_name = ? AND table_name = ? AND current LIMIT 1", here
+    )
+    if not changes.unfit and not has_current:
+        return
+    for unfit in changes.unfit:
+        if unfit.column in key:
+            name = changes.relation.columns[unfit.column].name
+            raise TableError(
+                f"key column {name} of {table} holds a value that {_Work._kind(changes, unfit.column)} cannot: "
+                "a row would have no key",
+                table.oid,
+                "leave the table out with CDC_TABLES, or give the column a type with a smaller range",
+            )
+    keys = _key_texts(changes) if key else None
+    if has_current and keys is not None:
+        touched = pa.table({"key": pa.array(sorted({text for text in keys if text}))})
+        with warehouse.view("_touched", touched):
+            warehouse.execute(
+                "UPDATE _cdc.quarantine SET current = false WHERE schema_name = ? AND table_name = ? AND current "
+                "AND key IN (SELECT key FROM _touched)",
+                here,
+            )
+    newest = {text: row for row, text in enumerate(keys)} if keys is not None else {}
+    for unfit in changes.unfit:
+        for row, text in zip(unfit.rows.tolist(), unfit.texts, strict=True):
+            # The row of a delete is what was; under FULL it is no key either.
+            current = changes.op[row] != rows.DELETE and (keys is None or newest[keys[row]] == row)
+            warehouse.execute(
+                "INSERT INTO _cdc.quarantine VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                [*here, changes.relation.columns[unfit.column].name, keys[row] if keys else None, text]
+                + [int(changes.lsn[row]), int(changes.seq[row]), bool(current)],
+            )
+
+
+def _key_texts(changes: TableChanges) -> list[str]:
+    """Return each row's key as a JSON object of texts. A slow path, one step a row: only tables in quarantine take it."""
+    names = [changes.relation.columns[i].name for i in changes.relation.key]
+    columns = [changes.columns[i].to_pylist() for i in changes.relation.key]
+    return [json.dumps(dict(zip(names, map(str, values), strict=True))) for values in zip(*columns, strict=True)]
+
+
+def _relation_table(changes: TableChanges, which: npt.NDArray[np.int64] | None) -> pa.Table:
+    """Return rows `which` (None: all) as a table with the relation's column names."""
+    names = [column.name for column in changes.relation.columns]
+    return pa.table(changes.columns if which is None else [c.take(which) for c in changes.columns], names=names)
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    combined = column.combine_chunks()
+    return combined if isinstance(combined, pa.Array) else pa.concat_arrays(combined.chunks)

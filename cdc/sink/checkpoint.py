@@ -1,0 +1,282 @@
+"""Schema ``_cdc`` of the warehouse: everything that must survive a restart, in the same transactions as the data.
+
+    meta            format version and id of this warehouse
+    checkpoint      one row: which source, which slot, and up to where everything is in
+    tables          the published tables, their state and the columns that they have here
+    quarantine      values that their column's type cannot hold, as exact text
+    files           the manifest of the history
+    schema_changes  what DDL was followed, and when
+    buffer          changes of tables that are being copied, undecoded
+    freshness       view: the moment up to which everything that was committed is in
+
+A table's state:
+
+    pending ──▶ copying ──▶ streaming ──▶ resyncing ──▶ streaming
+                   │            │             │
+                   └────────────┴─────────────┴──▶ error, dropped   (pending again by `cdc resync`, or when published)
+
+This module alone writes these tables. It never commits: its callers say what belongs together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from cdc.errors import SinkError, StateError
+from cdc.lsn import format_lsn
+from cdc.sink.history import HistoryFile
+from cdc.sink.warehouse import Warehouse
+
+__all__ = ["FORMAT", "Checkpoint", "Ledger", "State", "StoredColumn", "Table"]
+
+FORMAT = 1
+"""Version of the ``_cdc`` schema that this code writes."""
+
+State = Literal["pending", "copying", "streaming", "resyncing", "dropped", "error"]
+
+_SCHEMA = """
+CREATE SCHEMA _cdc;
+CREATE TABLE _cdc.meta (format INTEGER NOT NULL, id UUID NOT NULL);
+CREATE TABLE _cdc.checkpoint (
+    system_identifier VARCHAR NOT NULL, database VARCHAR NOT NULL, slot VARCHAR NOT NULL, publication VARCHAR NOT NULL,
+    lsn UBIGINT, commit_ts TIMESTAMPTZ, as_of TIMESTAMPTZ);
+CREATE TABLE _cdc.tables (
+    schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, oid UINTEGER NOT NULL, relfilenode VARCHAR NOT NULL,
+    state VARCHAR NOT NULL, reason VARCHAR NOT NULL, copy_lsn UBIGINT, columns VARCHAR NOT NULL,
+    deletes VARCHAR NOT NULL, publication VARCHAR NOT NULL, last_change_ts TIMESTAMPTZ);
+CREATE TABLE _cdc.quarantine (
+    schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, column_name VARCHAR NOT NULL, key VARCHAR,
+    value VARCHAR NOT NULL, lsn UBIGINT NOT NULL, seq BIGINT NOT NULL, current BOOLEAN NOT NULL);
+CREATE TABLE _cdc.files (
+    path VARCHAR NOT NULL, schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, rows BIGINT NOT NULL,
+    first_lsn UBIGINT NOT NULL, last_lsn UBIGINT NOT NULL);
+CREATE TABLE _cdc.schema_changes (
+    schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, lsn UBIGINT NOT NULL, change VARCHAR NOT NULL,
+    followed_at TIMESTAMPTZ NOT NULL DEFAULT now());
+CREATE TABLE _cdc.buffer (
+    oid UINTEGER NOT NULL, ordinal BIGINT NOT NULL, last_lsn UBIGINT NOT NULL, in_history BOOLEAN NOT NULL,
+    rows BLOB NOT NULL);
+CREATE SEQUENCE _cdc.buffer_ordinal;
+CREATE VIEW _cdc.freshness AS SELECT as_of, now() - as_of AS age FROM _cdc.checkpoint;
+"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Which source this warehouse mirrors, and how far.
+
+    Attributes:
+        lsn: everything that was committed before it is in, nothing that was committed from it on; None: the slot is
+            about to be created (an intent, which tells our own unfinished slot from a foreign one).
+    """
+
+    system_identifier: str
+    database: str
+    slot: str
+    publication: str
+    lsn: int | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoredColumn:
+    """A column as the warehouse has it, with what it was in Postgres.
+
+    Attributes:
+        attnum: pg_attribute.attnum: it tells a renamed column from a dropped and an added one.
+    """
+
+    name: str
+    type_oid: int
+    typmod: int
+    attnum: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Table:
+    """One row of ``_cdc.tables``.
+
+    Attributes:
+        relfilenode: the storage of the table (and its partitions) at the copy, as text; '': unknown since a TRUNCATE.
+        copy_lsn: the L of its copy: what was committed before is in the copy, what was committed from there on is not.
+        deletes: hard or soft, as it was when the table was copied.
+        publication: where it is published: in the first of ours, or the second, which has no updates and deletes.
+    """
+
+    oid: int
+    schema: str
+    name: str
+    state: State
+    reason: str = ""
+    relfilenode: str = ""
+    copy_lsn: int | None = None
+    columns: tuple[StoredColumn, ...] = ()
+    deletes: str = "hard"
+    publication: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.schema}.{self.name}"
+
+
+class Ledger:
+    """Reads and writes ``_cdc`` through a held warehouse.
+
+    `tables` (by OID) is a copy of ``_cdc.tables`` that is kept in step; after a rollback, `load` it again.
+    """
+
+    def __init__(self, warehouse: Warehouse) -> None:
+        self._warehouse = warehouse
+        self.checkpoint: Checkpoint | None = None
+        self.tables: dict[int, Table] = {}
+
+    def load(self) -> None:
+        """Read what is there; `checkpoint` is None in a warehouse without ``_cdc``.
+
+        Raises:
+            StateError: a newer cdc has written it.
+        """
+        self.checkpoint, self.tables = None, {}
+        run = self._warehouse.execute
+        if not run("SELECT 1 FROM duckdb_tables() WHERE schema_name = '_cdc' AND table_name = 'meta'"):
+            return
+        (found,) = run("SELECT format FROM _cdc.meta")[0]
+        if found > FORMAT:
+            raise StateError(
+                f"warehouse {self._warehouse.path} was written by a newer cdc (format {found}, this one knows {FORMAT})",
+                "upgrade pg-duckdb-cdc",
+            )
+        for row in run("SELECT system_identifier, database, slot, publication, lsn FROM _cdc.checkpoint"):
+            self.checkpoint = Checkpoint(*row)
+        for row in run(
+            "SELECT oid, schema_name, table_name, state, reason, relfilenode, copy_lsn, columns, deletes, "
+            "publication FROM _cdc.tables"
+        ):
+            columns = tuple(StoredColumn(*column) for column in json.loads(row[7]))
+            self.tables[row[0]] = Table(*row[:7], columns, *row[8:])
+
+    def create(self, checkpoint: Checkpoint) -> None:
+        """Make ``_cdc`` anew, with `checkpoint` as its first; what an earlier one held is gone."""
+        self._warehouse.execute("DROP SCHEMA IF EXISTS _cdc CASCADE")
+        for statement in _SCHEMA.split(";"):
+            if statement.strip():
+                self._warehouse.execute(statement)
+        self._warehouse.execute("INSERT INTO _cdc.meta VALUES (?, ?)", [FORMAT, str(uuid.uuid4())])
+        self._warehouse.execute(
+            "INSERT INTO _cdc.checkpoint VALUES (?, ?, ?, ?, ?, NULL, NULL)", list(dataclasses.astuple(checkpoint))
+        )
+        self.checkpoint, self.tables = checkpoint, {}
+
+    def advance(self, lsn: int, commit_ts: int | None, as_of: int | None) -> None:
+        """Move the checkpoint to `lsn`; times in microseconds since 1970 UTC, None: as it was.
+
+        Raises:
+            StateError: the row is not the one that we know: somebody replaced the file under us.
+        """
+        known = self.checkpoint
+        assert known is not None
+        changed = self._warehouse.execute(
+            "UPDATE _cdc.checkpoint SET lsn = $1, commit_ts = coalesce(make_timestamptz($2), commit_ts), "
+            "as_of = greatest(as_of, make_timestamptz($3)) WHERE lsn IS NOT DISTINCT FROM $4 RETURNING 1",
+            [lsn, commit_ts, as_of, known.lsn],
+        )
+        if len(changed) != 1:
+            expected = "none" if known.lsn is None else format_lsn(known.lsn)
+            raise StateError(
+                f"the checkpoint in {self._warehouse.path} is no longer {expected}: the file was replaced or written to",
+                "restart the consumer; if it refuses, run `cdc resync --all`",
+            )
+        self.checkpoint = dataclasses.replace(known, lsn=lsn)
+
+    def forget_position(self) -> None:
+        """Turn the checkpoint into an intent: the next start makes a new slot, and every table has to be copied."""
+        assert self.checkpoint is not None
+        self._warehouse.execute("UPDATE _cdc.checkpoint SET lsn = NULL")
+        self._warehouse.execute("UPDATE _cdc.tables SET state = 'pending' WHERE state IN ('streaming', 'resyncing')")
+        self.checkpoint = dataclasses.replace(self.checkpoint, lsn=None)
+
+    def put(self, table: Table) -> None:
+        """Write one row of ``_cdc.tables``, new or not."""
+        columns = json.dumps([dataclasses.astuple(column) for column in table.columns])
+        values: list[Any] = [
+            *(table.schema, table.name, table.relfilenode, table.state, table.reason, table.copy_lsn),
+            *(columns, table.deletes, table.publication, table.oid),
+        ]
+        if not self._warehouse.execute(
+            "UPDATE _cdc.tables SET schema_name = ?, table_name = ?, relfilenode = ?, state = ?, reason = ?, "
+            "copy_lsn = ?, columns = ?, deletes = ?, publication = ? WHERE oid = ? RETURNING 1",
+            values,
+        ):
+            self._warehouse.execute(
+                "INSERT INTO _cdc.tables (schema_name, table_name, relfilenode, state, reason, copy_lsn, columns, "
+                "deletes, publication, oid) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                values,
+            )
+        self.tables[table.oid] = table
+
+    def forget(self, oid: int) -> None:
+        """Delete a table's row, and what is buffered for it."""
+        self._warehouse.execute("DELETE FROM _cdc.tables WHERE oid = ?", [oid])
+        self.clear_buffer(oid)
+        self.tables.pop(oid, None)
+
+    def touch(self, last_change: dict[int, int]) -> None:
+        """Note when tables (by OID) last changed: commit time in microseconds since 1970 UTC."""
+        for oid, commit_ts in last_change.items():
+            self._warehouse.execute(
+                "UPDATE _cdc.tables SET last_change_ts = make_timestamptz(?) WHERE oid = ?", [commit_ts, oid]
+            )
+
+    def requested(self) -> list[int]:
+        """Return the OIDs of tables that `cdc resync` has marked since `load`, and take the marks over."""
+        rows = self._warehouse.execute("SELECT oid, state, reason FROM _cdc.tables WHERE state IN ('pending', 'resyncing')")
+        marked = [oid for oid, state, _ in rows if oid in self.tables and self.tables[oid].state != state]
+        for oid, state, reason in rows:
+            if oid in marked:
+                self.tables[oid] = dataclasses.replace(self.tables[oid], state=state, reason=reason)
+        return marked
+
+    def record_files(self, files: Iterable[HistoryFile]) -> None:
+        """Name `files` in the manifest."""
+        for file in files:
+            self._warehouse.execute("INSERT INTO _cdc.files VALUES (?, ?, ?, ?, ?, ?)", list(dataclasses.astuple(file)))
+
+    def known_paths(self) -> set[str]:
+        """Return the paths in the manifest."""
+        return {path for (path,) in self._warehouse.execute("SELECT path FROM _cdc.files")}
+
+    def record_change(self, table: Table, lsn: int, change: str) -> None:
+        """Note DDL that was followed."""
+        self._warehouse.execute(
+            "INSERT INTO _cdc.schema_changes (schema_name, table_name, lsn, change) VALUES (?, ?, ?, ?)",
+            [table.schema, table.name, lsn, change],
+        )
+
+    def append_buffer(self, oid: int, last_lsn: int, in_history: bool, rows: bytes) -> None:
+        """Keep changes of a table that is being copied."""
+        self._warehouse.execute(
+            "INSERT INTO _cdc.buffer VALUES (?, nextval('_cdc.buffer_ordinal'), ?, ?, ?)",
+            [oid, last_lsn, in_history, rows],
+        )
+
+    def buffered(self, oid: int, from_lsn: int) -> Sequence[int]:
+        """Return the ordinals, in order, of a table's buffered chunks that reach `from_lsn` or beyond."""
+        return [
+            ordinal
+            for (ordinal,) in self._warehouse.execute(
+                "SELECT ordinal FROM _cdc.buffer WHERE oid = ? AND last_lsn >= ? ORDER BY ordinal", [oid, from_lsn]
+            )
+        ]
+
+    def read_buffer(self, ordinal: int) -> tuple[bool, bytes]:
+        """Return one buffered chunk: whether the history has it already, and its rows."""
+        row = self._warehouse.execute("SELECT in_history, rows FROM _cdc.buffer WHERE ordinal = ?", [ordinal])
+        if not row:
+            raise SinkError(f"the buffered changes {ordinal} are gone from the warehouse", "run `cdc resync` again")
+        return row[0][0], row[0][1]
+
+    def clear_buffer(self, oid: int) -> None:
+        """Delete what is buffered for a table."""
+        self._warehouse.execute("DELETE FROM _cdc.buffer WHERE oid = ?", [oid])

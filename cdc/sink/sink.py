@@ -1,0 +1,435 @@
+"""Warehouse, history and ledger as one sink.
+
+The contract: `apply` may be called several times, then `commit` makes all of it durable together with the checkpoint,
+or `rollback` leaves nothing of it. What `commit` has made durable must not be given again: the caller asks `position`
+where to go on. `release` lets other programs open the DuckDB file; the next call takes it back, waiting if need be.
+
+A table that is being copied (states copying and resyncing) has its changes kept undecoded in ``_cdc.buffer``, in the
+same transactions; `stage` takes the copied rows in between, and `swap` puts the copy in the table's place together
+with the buffered changes that the copy does not hold, once the checkpoint has reached the copy's LSN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from cdc.errors import SinkError, TableError, WarehouseBusy
+from cdc.failpoints import reach
+from cdc.pgoutput.changes import decode_rows
+from cdc.pgoutput.decoder import Decoded
+from cdc.pgoutput.messages import Relation
+from cdc.pgoutput.rows import RelationRows
+from cdc.sink import schema
+from cdc.sink.apply import apply, insert
+from cdc.sink.checkpoint import Checkpoint, Ledger, StoredColumn, Table
+from cdc.sink.history import History, HistoryFile, as_log
+from cdc.sink.schema import DELETED_AT, LiveTable
+from cdc.sink.warehouse import Warehouse, quote
+
+__all__ = ["COPY_SEQ", "CopiedChunk", "Resync", "Sink"]
+
+COPY_SEQ = -(1 << 59)
+"""_seq of a copy's T row; its S rows follow from COPY_SEQ + 1 on, all negative."""
+
+T = TypeVar("T")
+
+
+class Resync(TableError):
+    """The stream alone can no longer make this table right: it has to be copied again."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CopiedChunk:
+    """Some rows of a copied table.
+
+    Attributes:
+        rows: the table's columns, by name.
+        file: where the history has these rows; None: there is no history.
+        unfit: (column name, key or None, text, seq) of values that their type cannot hold.
+    """
+
+    oid: int
+    rows: pa.Table
+    file: HistoryFile | None
+    unfit: Sequence[tuple[str, str | None, str, int]]
+
+
+class Sink:
+    """See the module."""
+
+    def __init__(
+        self,
+        warehouse: Warehouse,
+        history: History,
+        *,
+        deletes: str,
+        live: Callable[[int], LiveTable | None],
+        waiting: Callable[[WarehouseBusy, float], None],
+        give_up: Callable[[], bool],
+    ) -> None:
+        """Args:
+        live: the published table with this OID as the catalog has it now, None if it is gone.
+        waiting, give_up: see `Warehouse.acquire`.
+        """
+        self.warehouse = warehouse
+        self.history = history
+        self.ledger = Ledger(warehouse)
+        self._deletes = deletes
+        self._live = live
+        self._waiting = waiting
+        self._give_up = give_up
+        self._last_change: dict[int, int] = {}
+
+    # Opening, and positions
+
+    def open(self) -> Checkpoint | None:
+        """Take the warehouse, finish what a crash left, and return the checkpoint, None in a new warehouse."""
+        self.acquire()
+        self.ledger.load()
+        if self.ledger.checkpoint is not None:
+            self.history.recover(self.ledger.known_paths())
+        return self.ledger.checkpoint
+
+    def create(self, checkpoint: Checkpoint, tables: Iterable[Table] = ()) -> None:
+        """Make ``_cdc`` anew, with `checkpoint` as its first and `tables` as what is known of what is here."""
+
+        def work() -> None:
+            self.ledger.create(checkpoint)
+            for table in tables:
+                self.ledger.put(table)
+
+        self._alone(work)
+        self.history.recover(set())
+
+    def acquire(self) -> list[int]:
+        """Take the warehouse if it is not held; return the OIDs of tables that `cdc resync` has marked meanwhile."""
+        if self.warehouse.held:
+            return []
+        self.warehouse.acquire(self._waiting, self._give_up)
+        return self.ledger.requested() if self.ledger.checkpoint is not None else []
+
+    def release(self) -> None:
+        """Let others open the warehouse, unless a transaction is open."""
+        if not self.warehouse.in_transaction:
+            self.warehouse.release()
+
+    @property
+    def position(self) -> int:
+        """The checkpoint's LSN: all of what was committed before it is durable here."""
+        checkpoint = self.ledger.checkpoint
+        return 0 if checkpoint is None or checkpoint.lsn is None else checkpoint.lsn
+
+    # The stream
+
+    def apply(self, decoded: Decoded) -> None:
+        """Apply what was decoded from one batch, in the open transaction or a new one.
+
+        Raises:
+            TableError: one table cannot be applied; the transaction is lost, see `set_aside`.
+            SinkError: nothing can.
+        """
+        reach("before_duck_begin")
+        self._in_transaction(lambda: [self._rows(rows) for rows in decoded.rows])
+
+    def commit(self, lsn: int, commit_ts: int | None, as_of: int | None = None) -> None:
+        """Make everything applied durable, with the checkpoint at `lsn`; times in microseconds since 1970 UTC."""
+        self._in_transaction(lambda: self._commit(lsn, commit_ts, as_of))
+
+    def _commit(self, lsn: int, commit_ts: int | None, as_of: int | None) -> None:
+        self.ledger.touch(self._last_change)
+        self._last_change = {}
+        self.ledger.record_files(self.history.settle())
+        self.ledger.advance(lsn, commit_ts, commit_ts if as_of is None else as_of)
+        reach("before_duck_commit")
+        self.warehouse.commit()
+        reach("after_duck_commit")
+        self.history.publish()
+
+    def rollback(self) -> None:
+        """Leave nothing of what was applied since the last commit."""
+        self.warehouse.rollback()
+        self.history.discard()
+        self._last_change = {}
+        if self.warehouse.held:
+            self.ledger.load()
+
+    def set_aside(self, error: TableError) -> Table | None:
+        """After a rollback: put the table that failed into its state, so that the others can go on.
+
+        Returns:
+            the table, now in state error, or resyncing where a new copy will mend it; None: it is not known any more.
+        """
+        table = self.ledger.tables.get(error.oid)
+        if table is not None:
+            state = "resyncing" if isinstance(error, Resync) else "error"
+            self.write_tables([dataclasses.replace(table, state=state, reason=str(error))])
+        return self.ledger.tables.get(error.oid)
+
+    def write_tables(self, tables: Iterable[Table]) -> None:
+        """Write rows of ``_cdc.tables`` in a transaction of their own."""
+
+        def work() -> None:
+            for table in tables:
+                self.ledger.put(table)
+
+        self._alone(work)
+
+    def _rows(self, rows: RelationRows) -> None:
+        table = self.ledger.tables.get(rows.relation.oid)
+        if table is None or table.state not in ("copying", "streaming", "resyncing"):
+            return  # not published to us (yet), or set aside: its next copy will have these rows
+        last_lsn = int(rows.lsn[-1])
+        following = table.state == "streaming" or (table.state == "resyncing" and not table.reason)
+        if table.state != "streaming":
+            self.ledger.append_buffer(table.oid, last_lsn, following, rows.to_ipc())
+        if following:
+            table = self._follow(table, rows.relation, self._target(table), last_lsn)
+            self._change(table, self._target(table), rows, logged=True)
+            self._last_change[table.oid] = int(rows.commit_ts[-1])
+
+    def _change(self, table: Table, target: str, rows: RelationRows, *, logged: bool) -> None:
+        def log(changes: pa.Table) -> None:
+            self.history.write(table.schema, table.name, changes)
+
+        changes = decode_rows(rows)
+        apply(self.warehouse, table, target, changes, log if logged and self.history.root else None)
+        if (changes.op == ord("T")).any() and table.relfilenode:
+            self.ledger.put(dataclasses.replace(self.ledger.tables[table.oid], relfilenode=""))
+
+    def _follow(self, table: Table, relation: Relation, target: str, lsn: int) -> Table:
+        """Bring `target` to the columns of `relation`.
+
+        Raises:
+            Resync: only a new copy can.
+        """
+        if schema.same(table.columns, relation):
+            return table
+        plan = schema.plan(target, table.columns, table.relfilenode, relation, self._live(relation.oid))
+        if plan is None:
+            raise Resync(f"the definition of {table} changed in a way that needs a new copy", table.oid)
+        for statement, parameters in plan.statements:
+            self.warehouse.execute(statement, parameters)
+            reach("during_ddl_apply")
+        for change in plan.changes:
+            self.ledger.record_change(table, lsn, change)
+        table = dataclasses.replace(table, columns=plan.columns)
+        self.ledger.put(table)
+        return table
+
+    # Copies
+
+    def begin_copy(self, oid: int) -> None:
+        """From the current position on, keep the table's changes for a copy that is about to be made."""
+
+        def work() -> None:
+            table = self.ledger.tables[oid]
+            self.ledger.clear_buffer(oid)
+            self.warehouse.execute(f"DROP TABLE IF EXISTS {self._staging(table)}")
+            if table.state != "resyncing":
+                self.ledger.put(dataclasses.replace(table, state="copying", reason=""))
+
+        self._alone(work)
+
+    def begin_rows(self, oid: int, columns: Sequence[StoredColumn]) -> None:
+        """Make room for the copy's rows; called once its snapshot is taken, and again if it had to be taken anew.
+
+        Raises:
+            TableError: DuckDB has no room for a table, or for columns, of these names.
+        """
+
+        def work() -> None:
+            table = self.ledger.tables[oid]
+            self._refuse_namesake(table)
+            create = schema.create_table(
+                oid,
+                self._staging(table),
+                columns,
+                soft=self._deletes == "soft",
+                logged=self.history.root is not None,
+            )
+            self.warehouse.execute(f"CREATE SCHEMA IF NOT EXISTS {quote(table.schema)}")
+            self.warehouse.execute(create)
+            self.warehouse.execute(
+                "DELETE FROM _cdc.quarantine WHERE schema_name = ? AND table_name = ? AND lsn = 0",
+                [table.schema, table.name],
+            )
+
+        self._alone(work)
+
+    def stage(self, chunk: CopiedChunk) -> None:
+        """Keep some copied rows, where readers do not look for them yet."""
+
+        def work() -> None:
+            table = self.ledger.tables[chunk.oid]
+            insert(self.warehouse, self._staging(table), chunk.rows)
+            for name, key, text, seq in chunk.unfit:  # LSN 0: not known to be in the table until the swap
+                self.warehouse.execute(
+                    "INSERT INTO _cdc.quarantine VALUES (?, ?, ?, ?, ?, 0, ?, false)",
+                    [table.schema, table.name, name, key, text, seq],
+                )
+
+        self._alone(work)
+        reach("during_copy")
+
+    def swap(
+        self,
+        oid: int,
+        lsn: int,
+        relfilenode: str,
+        columns: Sequence[StoredColumn],
+        key: Sequence[str],
+        files: Sequence[HistoryFile],
+    ) -> None:
+        """Put the copy in the table's place, brought up to the checkpoint, and stream it from here on.
+
+        Args:
+            lsn: the copy's L, not beyond the checkpoint.
+            relfilenode, columns, key: the table's definition in the copy's snapshot; `key` names the columns of its
+                replica identity, none where it has no key.
+            files: what the history has of the copy's rows, under temporary names.
+        """
+        assert lsn <= self.position
+        reach("before_swap")
+        self.history.add(files)
+
+        def work() -> None:
+            old = self.ledger.tables[oid]
+            new = dataclasses.replace(
+                old,
+                state="streaming",
+                reason="",
+                relfilenode=relfilenode,
+                copy_lsn=lsn,
+                columns=tuple(columns),
+                deletes=self._deletes,
+            )
+            staging, target = self._staging(old), self._target(old)
+            if self._deletes == "soft":
+                self._carry_tombstones(old, staging, target, key)
+            here = [old.schema, old.name]
+            where = "schema_name = ? AND table_name = ?"
+            self.warehouse.execute(f"UPDATE _cdc.quarantine SET current = false WHERE {where} AND lsn > 0", here)
+            self.warehouse.execute(
+                f"UPDATE _cdc.quarantine SET current = true, lsn = ? WHERE {where} AND lsn = 0", [lsn, *here]
+            )
+            if self.history.root:
+                self.history.write(old.schema, old.name, _truncation(lsn, columns))
+            self.ledger.put(new)
+            for ordinal in self.ledger.buffered(oid, lsn):
+                in_history, message = self.ledger.read_buffer(ordinal)
+                rows = RelationRows.from_ipc(message).after(lsn)
+                new = self._follow(self.ledger.tables[oid], rows.relation, staging, int(rows.lsn[-1]))
+                self._change(new, staging, rows, logged=not in_history)
+            self.ledger.clear_buffer(oid)
+            self.warehouse.execute(f"DROP TABLE IF EXISTS {target}")
+            self.warehouse.execute(f"ALTER TABLE {staging} RENAME TO {quote(old.name)}")
+            self._replace_namesakes(new)
+            self.ledger.record_files(self.history.settle())
+
+        self._alone(work)
+        self.history.publish()
+        reach("after_swap")
+
+    def _replace_namesakes(self, table: Table) -> None:
+        """A table that was dropped and created again has a new OID: forget the old one."""
+        for other in list(self.ledger.tables.values()):
+            if other.oid != table.oid and (other.schema, other.name) == (table.schema, table.name):
+                self.ledger.forget(other.oid)
+
+    def _refuse_namesake(self, table: Table) -> None:
+        """DuckDB ignores case: two tables whose names differ in nothing else cannot both be here."""
+        for other in self.ledger.tables.values():
+            if other.oid == table.oid or other.state in ("dropped", "error"):
+                continue
+            names, others = (table.schema, table.name), (other.schema, other.name)
+            if names != others and [n.casefold() for n in names] == [n.casefold() for n in others]:
+                raise TableError(
+                    f"tables {table} and {other} have the same name to DuckDB",
+                    table.oid,
+                    "rename one of them in Postgres, or leave it out with CDC_TABLES",
+                )
+
+    def _carry_tombstones(self, table: Table, staging: str, target: str, key: Sequence[str]) -> None:
+        """Copy soft-deleted rows into the staged copy, as far as their columns are still there.
+
+        What the old content has alive and the copy has not was deleted while nobody followed the table.
+        """
+        run = self.warehouse.execute
+        find = "SELECT column_name FROM duckdb_columns() WHERE schema_name = ? AND table_name = ?"
+        old = {name for (name,) in run(find, [table.schema, table.name])}
+        if DELETED_AT not in old or not old >= set(key):
+            return
+        new = [name for (name,) in run(find, [table.schema, _staging_name(table)]) if name in old and name != DELETED_AT]
+        names = ", ".join(quote(name) for name in new)
+        deleted = f"coalesce({quote(DELETED_AT)}, now())" if key else quote(DELETED_AT)
+        where = (
+            f"NOT EXISTS (SELECT 1 FROM {staging} s WHERE {' AND '.join(f's.{quote(k)} = t.{quote(k)}' for k in key)})"
+            if key
+            else f"{quote(DELETED_AT)} IS NOT NULL"
+        )
+        run(f"INSERT INTO {staging} ({names}, {quote(DELETED_AT)}) SELECT {names}, {deleted} FROM {target} t WHERE {where}")
+
+    @staticmethod
+    def _target(table: Table) -> str:
+        return quote(table.schema, table.name)
+
+    @staticmethod
+    def _staging(table: Table) -> str:
+        return quote(table.schema, _staging_name(table))
+
+    def _alone(self, work: Callable[[], None]) -> None:
+        """Run `work` in a transaction of its own. The stream must not have one open: it would be committed half-way."""
+        if self.warehouse.in_transaction:
+            raise SinkError("a copy was given to the warehouse in the middle of a streamed transaction")
+
+        def whole() -> None:
+            work()
+            self.warehouse.commit()
+
+        self._in_transaction(whole)
+
+    def _in_transaction(self, work: Callable[[], T]) -> T:
+        """Run `work` in the open transaction or a new one; any error rolls back all of it."""
+        try:
+            self.warehouse.begin()
+            return work()
+        except BaseException as error:
+            self.rollback()
+            if isinstance(error, duckdb.Error):
+                raise _explain(error) from error
+            raise
+
+
+def _staging_name(table: Table) -> str:
+    return f"_cdc_copy_{table.oid}"
+
+
+def _truncation(lsn: int, columns: Sequence[StoredColumn]) -> pa.Table:
+    """Return the T row with which every copy begins, so that an emptied table replays too."""
+    nulls: Mapping[str, pa.Array] = {column.name: schema.nulls(column) for column in columns}
+    return as_log(
+        np.array([ord("T")], np.uint8),
+        np.array([lsn], np.uint64),
+        np.array([COPY_SEQ], np.int64),
+        np.array([0], np.uint32),
+        np.array([0], np.int64),
+        list(nulls),
+        list(nulls.values()),
+    )
+
+
+def _explain(error: duckdb.Error) -> SinkError:
+    reason = str(error).splitlines()[0]
+    if "No space left" in reason or "out of disk" in reason.lower():
+        hint = "free some space on the disk; nothing was confirmed to Postgres, and the consumer goes on from there"
+    elif isinstance(error, duckdb.OutOfMemoryException):
+        hint = "raise CDC_MEMORY, or lower CDC_FLUSH_ROWS and CDC_FLUSH_BYTES"
+    else:
+        hint = "nothing was confirmed to Postgres; once the cause is mended, start the consumer again"
+    return SinkError(f"the warehouse cannot be written: {reason}", hint)

@@ -1,0 +1,255 @@
+"""The DuckDB file: opened, held and let go; one connection, one transaction at a time.
+
+DuckDB admits one writer or many readers. The file is held only while there is something to write, so that any DuckDB
+tool can read in between; who finds it held by a reader waits, and says so.
+
+This module owns the connection. Nobody else opens the file in this process: closing a second handle to it would drop
+the lock of the first (POSIX fcntl locks belong to the process).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import duckdb
+import pyarrow as pa
+
+from cdc.errors import SinkError, StateError, WarehouseBusy
+
+__all__ = ["ConsumerLock", "Warehouse", "open_for_reading", "quote"]
+
+STORAGE_VERSION = "v1.5.0"
+"""Files stay readable by DuckDB 1.5 tools; 2.0 would write a format that they cannot open."""
+
+WAL_AUTOCHECKPOINT = "256MB"
+"""DuckDB's default of 16 MB makes one flush in eight wait for a checkpoint."""
+
+POLL_S = 0.02
+"""How often a held file is tried again."""
+
+
+def quote(*names: str) -> str:
+    """Return `names` as one SQL identifier, dotted and quoted."""
+    return ".".join('"' + name.replace('"', '""') + '"' for name in names)
+
+
+class Warehouse:
+    """The DuckDB database, held between `acquire` and `release`."""
+
+    def __init__(self, path: Path, memory_bytes: int, threads: int, tmp: Path | None = None) -> None:
+        self.path = path
+        self._config: dict[str, str | bool | int | float | list[str]] = {
+            "storage_compatibility_version": STORAGE_VERSION,
+            "memory_limit": f"{memory_bytes}B",
+            "threads": threads,
+            "temp_directory": str(tmp or path.with_name(path.name + ".tmp")),
+            "wal_autocheckpoint": WAL_AUTOCHECKPOINT,
+            "preserve_insertion_order": True,
+        }
+        self._connection: duckdb.DuckDBPyConnection | None = None
+        self.in_transaction = False
+
+    @property
+    def held(self) -> bool:
+        """Whether this process has the file open now."""
+        return self._connection is not None
+
+    @property
+    def connection(self) -> duckdb.DuckDBPyConnection:
+        """The open connection."""
+        if self._connection is None:
+            raise SinkError(f"warehouse {self.path} is used before it was opened")
+        return self._connection
+
+    def acquire(
+        self,
+        waiting: Callable[[WarehouseBusy, float], None] = lambda busy, waited_s: None,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Open the file, waiting for as long as somebody else holds it.
+
+        Args:
+            waiting: called at each try that fails, with the reason and the seconds waited so far.
+            give_up: asked after each try that fails.
+
+        Raises:
+            WarehouseBusy: `give_up` said so.
+            SinkError: the file cannot be opened or is no DuckDB database.
+        """
+        began = time.monotonic()
+        while not self.held:
+            try:
+                self._open()
+            except WarehouseBusy as busy:
+                waiting(busy, time.monotonic() - began)
+                if give_up():
+                    raise
+                time.sleep(POLL_S)
+
+    def _open(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = duckdb.connect(str(self.path), config=self._config)
+        except duckdb.IOException as error:
+            reason = str(error).splitlines()[0]
+            if "Could not set lock" not in reason:
+                raise _cannot_open(self.path, reason) from None
+            pid = re.search(r"PID (\d+)", reason)
+            raise WarehouseBusy(
+                f"warehouse {self.path} is held by {'process ' + pid[1] if pid else 'another process'}",
+                "close the program that has the file open",
+                int(pid[1]) if pid else None,
+            ) from None
+        except (duckdb.Error, OSError) as error:
+            raise _cannot_open(self.path, str(error).splitlines()[0]) from None
+        self._connection.execute("SET TimeZone = 'UTC'")
+
+    def release(self) -> None:
+        """Close the file, so that others can open it. What is not committed is rolled back."""
+        if self._connection is not None:
+            self.rollback()
+            self._connection.close()
+            self._connection = None
+
+    def interrupt(self) -> None:
+        """Break off the statement that another thread is running."""
+        connection = self._connection
+        if connection is not None:
+            connection.interrupt()
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Run one statement and return its rows."""
+        return self.connection.execute(sql, list(parameters)).fetchall() if parameters else self._run(sql)
+
+    def _run(self, sql: str) -> list[tuple[Any, ...]]:
+        return self.connection.execute(sql).fetchall()
+
+    def arrow(self, sql: str) -> pa.Table:
+        """Run one query and return its result as an Arrow table."""
+        return self.connection.sql(sql).to_arrow_table()
+
+    @contextlib.contextmanager
+    def view(self, name: str, table: pa.Table) -> Iterator[None]:
+        """Let SQL see the Arrow `table` under `name`, without a copy."""
+        self.connection.register(name, table)
+        try:
+            yield
+        finally:
+            self.connection.unregister(name)
+
+    def begin(self) -> None:
+        """Begin a transaction, unless one is open."""
+        if not self.in_transaction:
+            self._run("BEGIN TRANSACTION")
+            self.in_transaction = True
+
+    def commit(self) -> None:
+        """Commit. On return everything is on disk.
+
+        Raises:
+            SinkError: DuckDB could not write; nothing of the transaction remains.
+        """
+        self.in_transaction = False
+        self._run("COMMIT")
+
+    def rollback(self) -> None:
+        """Roll back the open transaction, if there is one."""
+        if not self.in_transaction:
+            return
+        self.in_transaction = False
+        # After some errors DuckDB has ended the transaction already; then there is nothing left to undo.
+        with contextlib.suppress(duckdb.TransactionException):
+            self._run("ROLLBACK")
+
+
+def open_for_reading(path: Path, patience_s: float) -> duckdb.DuckDBPyConnection:
+    """Open the warehouse read-only, waiting while its consumer writes.
+
+    Close it soon: meanwhile the consumer waits.
+
+    Raises:
+        SinkError: there is no warehouse, or it cannot be read.
+        WarehouseBusy: it was held for longer than `patience_s` seconds.
+    """
+    if not path.exists():
+        raise SinkError(f"there is no warehouse {path} yet", "`cdc run` makes it; or set CDC_WAREHOUSE to the one you mean")
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            connection = duckdb.connect(str(path), read_only=True)
+        except duckdb.Error as error:
+            reason = str(error).splitlines()[0]
+            if "Could not set lock" not in reason:
+                raise _cannot_open(path, reason) from None
+            if time.monotonic() >= deadline:
+                raise WarehouseBusy(
+                    f"warehouse {path} has been held for {patience_s:.0f} s: {reason}",
+                    "the consumer is busy catching up, or another program has the file open; try again later",
+                ) from None
+            time.sleep(POLL_S)
+        else:
+            connection.execute("SET TimeZone = 'UTC'")
+            return connection
+
+
+def _cannot_open(path: Path, reason: str) -> SinkError:
+    if "newer" in reason or "version number" in reason:
+        return SinkError(f"warehouse {path} has another format: {reason}", "upgrade the duckdb package")
+    return SinkError(
+        f"warehouse {path} cannot be opened: {reason}",
+        "CDC_WAREHOUSE must name a DuckDB file, or a new one in a folder that this user may write to",
+    )
+
+
+class ConsumerLock:
+    """A locked file beside the warehouse: at most one consumer, for the life of the process.
+
+    The kernel drops the lock with the process, however it ends; the file stays and is used again.
+    """
+
+    def __init__(self, warehouse: Path) -> None:
+        self.path = warehouse.with_name(warehouse.name + ".lock")
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises:
+            StateError: another consumer has it.
+            SinkError: the folder cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(self.path, "a+", encoding="ascii")  # noqa: SIM115 -- open for the life of the process
+        except OSError as error:
+            raise SinkError(
+                f"{self.path.parent} cannot be written: {error.strerror}",
+                "give this user the right to write there, or set CDC_WAREHOUSE to another place",
+            ) from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            raise StateError(
+                f"warehouse {self.path.with_suffix('')} already has a consumer (process {owner})",
+                "stop that one first, or give this one a warehouse and a slot of its own",
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        self._file = file
+
+    def release(self) -> None:
+        """Let go of the lock."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,234 @@
+"""What the source's catalogs say about tables, their columns, their replica identity and their publication.
+
+Definitions are read by one plain SELECT from the catalogs' tables: one statement sees one snapshot, and within a
+transaction that imported a snapshot it sees that one, while syscache functions (pg_relation_filenode, regclass,
+format_type and the like) always see the newest state.
+
+Source: PostgreSQL manual, "System Catalogs" and "Publications"; RelationGetIndexList for what a usable identity is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from psycopg import sql
+
+from cdc.source.connection import Connection, translated
+
+__all__ = ["Attribute", "PublishedTable", "TableDefinition", "definition", "definitions", "published", "user_tables"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Attribute:
+    """One column.
+
+    Attributes:
+        generated: '' for an ordinary column, 's' stored, 'v' virtual.
+        missing: what rows written before the column was added hold in it, as text; None: NULL, or nothing is recorded.
+    """
+
+    attnum: int
+    name: str
+    type_oid: int
+    typmod: int
+    generated: str
+    missing: str | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TableDefinition:
+    """An ordinary or partitioned table.
+
+    Attributes:
+        relkind: r ordinary, p partitioned.
+        relfilenodes: (OID, relfilenode) of the table itself, or of each leaf of a partitioned one, by OID.
+        attributes: without dropped ones, in the order of attnum.
+        replica_identity: d default, n nothing, f full, i index.
+        identity_usable: whether its updates and deletes can be published without making them fail, and be followed:
+            a valid key, or FULL. Of a partitioned table every leaf must send what the root's Relation promises: the
+            same key, or under FULL the whole row (ALTER TABLE ... REPLICA IDENTITY does not reach the leaves).
+        key: attnums of the identity's columns; empty under FULL, NOTHING or without a valid one.
+    """
+
+    oid: int
+    schema: str
+    name: str
+    relkind: str
+    relfilenodes: tuple[tuple[int, int], ...]
+    attributes: tuple[Attribute, ...]
+    replica_identity: str
+    identity_usable: bool
+    key: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.schema}.{self.name}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PublishedTable:
+    """A table as one publication publishes it: one row of pg_publication_tables.
+
+    Attributes:
+        columns: names of what is published, in the order of attnum.
+        row_filter: SQL condition, or None.
+    """
+
+    oid: int
+    schema: str
+    name: str
+    columns: tuple[str, ...]
+    row_filter: str | None
+    publication: str
+
+    def __str__(self) -> str:
+        return f"{self.schema}.{self.name}"
+
+
+# attmissingval is an array of one element: its text is read as text[], unless its type has another delimiter (box),
+# whose text array_out does not quote.
+_DEFINITIONS = """
+    WITH RECURSIVE wanted AS MATERIALIZED (
+        SELECT c.oid, n.nspname, c.relname, c.relkind, c.relreplident
+        FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
+        WHERE c.relkind IN ('r', 'p') AND {condition}
+    ), tree AS (
+        SELECT oid AS root, oid AS member, relkind, true AS is_root FROM wanted
+        UNION ALL
+        SELECT tree.root, c.oid, c.relkind, false
+        FROM tree
+        JOIN pg_catalog.pg_inherits AS i ON i.inhparent = tree.member
+        JOIN pg_catalog.pg_class AS c ON c.oid = i.inhrelid
+        WHERE tree.relkind = 'p'
+    ), members AS MATERIALIZED (
+        SELECT tree.root, tree.is_root, c.oid, c.relkind, c.relreplident, c.relfilenode, key.attnums, key.names
+        FROM tree
+        JOIN pg_catalog.pg_class AS c ON c.oid = tree.member
+        LEFT JOIN LATERAL (
+            SELECT array_agg(a.attnum ORDER BY k.position) AS attnums, array_agg(a.attname::text) AS names
+            FROM pg_catalog.pg_index AS x
+            CROSS JOIN LATERAL unnest(x.indkey::int2[]) WITH ORDINALITY AS k (attnum, position)
+            JOIN pg_catalog.pg_attribute AS a ON a.attrelid = x.indrelid AND a.attnum = k.attnum
+            WHERE x.indrelid = c.oid AND k.position <= x.indnkeyatts
+              AND x.indisvalid AND x.indisunique AND x.indimmediate
+              AND (c.relreplident = 'd' AND x.indisprimary OR c.relreplident = 'i' AND x.indisreplident)
+        ) AS key ON true
+    )
+    SELECT w.oid::int8, w.nspname::text, w.relname::text, w.relkind::text, w.relreplident::text,
+           (SELECT json_agg(json_build_array(a.attnum, a.attname, a.atttypid::int8, a.atttypmod, a.attgenerated,
+                                CASE WHEN NOT a.atthasmissing THEN NULL
+                                     WHEN t.typdelim = ',' THEN (a.attmissingval::text::text[])[1]
+                                     ELSE btrim(a.attmissingval::text, '{{}}') END)
+                            ORDER BY a.attnum)
+            FROM pg_catalog.pg_attribute AS a LEFT JOIN pg_catalog.pg_type AS t ON t.oid = a.atttypid
+            WHERE a.attrelid = w.oid AND a.attnum > 0 AND NOT a.attisdropped),
+           (SELECT json_agg(json_build_array(m.is_root, m.oid::int8, m.relkind, m.relreplident, m.relfilenode::int8,
+                                             m.attnums, m.names) ORDER BY m.oid)
+            FROM members AS m WHERE m.root = w.oid)
+    FROM wanted AS w
+    ORDER BY w.nspname, w.relname"""
+
+# 1259: pg_class itself. Schemas named pg_... are the system's: catalogs, TOAST, temporary tables.
+_USER_TABLE = sql.SQL("""
+    NOT c.relispartition AND c.relpersistence = 'p'
+    AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', '_cdc')
+    AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend AS d
+                    WHERE d.classid = 1259 AND d.objid = c.oid AND d.objsubid = 0 AND d.deptype = 'e')""")
+
+# Before 18 the view lists generated columns too, which are never published there.
+_PUBLISHED = """
+    SELECT c.oid::int8, p.schemaname::text, p.tablename::text, p.rowfilter, p.pubname::text,
+           ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute AS a
+                 WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attname = ANY (p.attnames)
+                   AND {generated}
+                 ORDER BY a.attnum)
+    FROM pg_catalog.pg_publication_tables AS p
+    JOIN pg_catalog.pg_namespace AS n ON n.nspname = p.schemaname
+    JOIN pg_catalog.pg_class AS c ON c.relnamespace = n.oid AND c.relname = p.tablename
+    WHERE p.pubname = ANY (%s)
+    ORDER BY p.schemaname, p.tablename, p.pubname"""
+
+
+def definition(connection: Connection, oid: int) -> TableDefinition | None:
+    """Return the table `oid`, or None if the snapshot has no such table.
+
+    Raises:
+        ConnectionLost, SourceError: the catalog cannot be read.
+    """
+    return definitions(connection, [oid]).get(oid)
+
+
+def definitions(connection: Connection, oids: Sequence[int]) -> dict[int, TableDefinition]:
+    """Return those of the tables `oids` that exist, by OID.
+
+    Raises:
+        ConnectionLost, SourceError: the catalog cannot be read.
+    """
+    # Unsigned 32 bits: as oid[], not int4[].
+    found = _definitions(connection, sql.SQL("c.oid = ANY ({}::oid[])").format([str(oid) for oid in oids]))
+    return {table.oid: table for table in found}
+
+
+def user_tables(connection: Connection) -> list[TableDefinition]:
+    """Return the user's tables by schema and name.
+
+    Ordinary and partitioned tables that are no partition themselves; not the system's, temporary or unlogged ones, no
+    extension's, and none in our own schema.
+
+    Raises:
+        ConnectionLost, SourceError: the catalog cannot be read.
+    """
+    return _definitions(connection, _USER_TABLE)
+
+
+def published(connection: Connection, names: Sequence[str]) -> list[PublishedTable]:
+    """Return the tables that the publications `names` publish, once per publication.
+
+    Raises:
+        ConnectionLost, SourceError: the catalog cannot be read.
+    """
+    generated = "true" if connection.info.server_version >= 180000 else "a.attgenerated = ''"
+    with translated("read pg_publication_tables"):
+        rows = connection.execute(sql.SQL(_PUBLISHED).format(generated=sql.SQL(generated)), [list(names)]).fetchall()
+    return [
+        PublishedTable(
+            oid=oid, schema=schema, name=name, columns=tuple(columns), row_filter=row_filter, publication=publication
+        )
+        for oid, schema, name, row_filter, publication, columns in rows
+    ]
+
+
+def _definitions(connection: Connection, condition: sql.Composable) -> list[TableDefinition]:
+    with translated("read the definitions of tables"):
+        rows = connection.execute(sql.SQL(_DEFINITIONS).format(condition=condition)).fetchall()
+    return [_definition(row) for row in rows]
+
+
+def _definition(row: tuple[Any, ...]) -> TableDefinition:
+    oid, schema, name, relkind, identity, attributes, members = row
+    root = next(member for member in members if member[0])
+    leaves = [member for member in members if member[2] != "p"]
+    return TableDefinition(
+        oid=oid,
+        schema=schema,
+        name=name,
+        relkind=relkind,
+        relfilenodes=tuple((member[1], member[4]) for member in leaves),
+        attributes=tuple(Attribute(*attribute) for attribute in attributes or ()),
+        replica_identity=identity,
+        identity_usable=_promises(root) and all(_keeps(leaf, root) for leaf in leaves),
+        key=tuple(root[5] or ()),
+    )
+
+
+def _promises(member: Sequence[Any]) -> bool:
+    """Whether the Relation of `member` names something to find its rows by."""
+    return member[3] == "f" or bool(member[6])
+
+
+def _keeps(leaf: Sequence[Any], root: Sequence[Any]) -> bool:
+    """Whether the old tuples of `leaf` hold what the Relation of `root` names."""
+    if leaf[3] == "f":
+        return True
+    return root[3] != "f" and set(leaf[6] or ()) == set(root[6] or ())

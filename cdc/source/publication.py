@@ -1,0 +1,304 @@
+"""The publications that the consumer subscribes to: what is missing in them, the SQL for it, and their end.
+
+Two of them, both listing tables by name and never FOR ALL TABLES: `name` publishes everything, `name`_append inserts
+and truncates only. A table whose updates and deletes cannot be published (see `TableDefinition.identity_usable`)
+belongs into the second: in the first the application's own UPDATE and DELETE would fail.
+
+A publication is ours if its comment says so (`MARK`). One that is not is used as it is and never changed.
+
+Source: PostgreSQL manual, "CREATE PUBLICATION" and "ALTER PUBLICATION".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Sequence
+
+from psycopg import sql
+
+from cdc.errors import ConnectionLost, SourceError
+from cdc.source import catalog
+from cdc.source.catalog import TableDefinition
+from cdc.source.connection import Connection, translated
+
+__all__ = ["MARK", "Plan", "append_name", "drop", "ensure", "is_ours", "matches", "plan", "setup_sql"]
+
+MARK = "managed by pg-duckdb-cdc"
+"""The comment on a publication of ours."""
+
+LOCK_TIMEOUT_S = 5
+"""ALTER PUBLICATION waits so long for a table; the caller tries again."""
+
+_TRIES = 3
+_ALL = "insert, update, delete, truncate"
+_APPEND = "insert, truncate"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """What `ensure` does, or would do.
+
+    Attributes:
+        names: of the publications to subscribe to.
+        added: tables that enter a publication.
+        gained: tables that move from the second publication to the first. Their updates and deletes were not in the
+            stream until then: they have to be copied again.
+        lost: tables that move from the first publication to the second, because their identity is not usable any more.
+        statements: SQL, to be run in one transaction; empty if nothing is missing.
+    """
+
+    names: tuple[str, ...]
+    added: tuple[TableDefinition, ...]
+    gained: tuple[TableDefinition, ...]
+    lost: tuple[TableDefinition, ...]
+    statements: tuple[sql.Composed, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Publication:
+    """One that exists; `members` are the OIDs of the tables that it lists."""
+
+    ours: bool
+    members: frozenset[int]
+
+
+def append_name(name: str) -> str:
+    """Return the name of the second publication."""
+    return f"{name}_append"
+
+
+def matches(table: TableDefinition, patterns: Sequence[str]) -> bool:
+    """Whether `table` is meant by `patterns`: ``schema.table`` with fnmatch's wildcards; none mean all."""
+    name = str(table)
+    return not patterns or any(pattern == name or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def plan(connection: Connection, name: str, patterns: Sequence[str]) -> Plan:
+    """Return what is missing for the tables that match `patterns`; change nothing.
+
+    Raises:
+        SourceError: the second publication exists and is not ours, while the first is to be made by us.
+        ConnectionLost, SourceError: the catalog cannot be read.
+    """
+    patterns = [pattern.strip() for pattern in patterns if pattern.strip()]
+    existing = _read(connection, (name, append_name(name)))
+    first, second = existing.get(name), existing.get(append_name(name))
+    if first is not None and not first.ours:
+        return Plan((name, append_name(name)) if second else (name,), (), (), (), ())
+    if second is not None and not second.ours:
+        raise SourceError(
+            f"publication {append_name(name)} exists, and was not made by us",
+            f"drop or rename it, or choose another CDC_PUBLICATION than {name}",
+        )
+    listed = first.members if first else frozenset()
+    listed_append = second.members if second else frozenset()
+    tables = {table.oid: table for table in catalog.user_tables(connection) if matches(table, patterns)}
+    # What was listed once stays, whatever the patterns say now, in the publication that fits it.
+    tables |= catalog.definitions(connection, sorted((listed | listed_append) - tables.keys()))
+    return _plan(name, first is not None, second is not None, listed, listed_append, list(tables.values()))
+
+
+def ensure(connection: Connection, name: str, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Make the publications publish every table that matches `patterns`; return the names to subscribe to.
+
+    Creates them if they are missing, adds tables, and moves a table whose identity has become usable or unusable from
+    one to the other; never drops a table otherwise. It takes SHARE UPDATE EXCLUSIVE on the tables in question, which
+    stops no reader and no writer. Doing it again changes nothing.
+
+    Args:
+        connection: in autocommit mode.
+        name: CDC_PUBLICATION.
+        patterns: CDC_TABLES; empty: every user table.
+
+    Raises:
+        ConnectionLost: the connection broke, or the tables' definitions keep changing.
+        SourceError: our rights do not allow it (SQLSTATE 42501), a table is locked (55P03), or see `plan`.
+    """
+    for _ in range(_TRIES):
+        planned = plan(connection, name, patterns)
+        if not planned.statements or _apply(connection, name, planned):
+            return planned.names
+    raise ConnectionLost(f"publication {name}: the tables' definitions change all the time", "try again in a moment")
+
+
+def drop(connection: Connection, name: str) -> tuple[str, ...]:
+    """Drop those of the publications `name` and its second that are ours; return their names.
+
+    Raises:
+        ConnectionLost, SourceError: the server refused.
+    """
+    existing = _read(connection, (name, append_name(name)))
+    ours = tuple(publication for publication, found in existing.items() if found.ours)
+    with translated(f"drop publication {name}"):
+        for publication in ours:
+            connection.execute(sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(publication)))
+    return ours
+
+
+def is_ours(connection: Connection, name: str) -> bool | None:
+    """Whether the publication `name` is ours; None: there is none.
+
+    Raises:
+        ConnectionLost, SourceError: the catalog cannot be read.
+    """
+    found = _read(connection, (name,)).get(name)
+    return None if found is None else found.ours
+
+
+def setup_sql(connection: Connection, name: str, patterns: Sequence[str], role: str, service: str = "") -> str:
+    """Return the SQL that the database's owner has to run once, as a script with comments.
+
+    Args:
+        connection: as a role that may read the catalogs; nothing is changed.
+        name: CDC_PUBLICATION.
+        patterns: CDC_TABLES.
+        role: that the consumer will use.
+        service: '' for a server of one's own, or rds, cloudsql, azure.
+
+    Raises:
+        ConnectionLost, SourceError: as `plan`.
+    """
+    planned = plan(connection, name, patterns)
+    tables = [table for table in catalog.user_tables(connection) if matches(table, patterns)]
+    lines = [
+        *_settings_sql(service),
+        "",
+        "-- The role of the consumer. Choose a password for it: \\password " + role,
+        *_role_sql(connection, role, service),
+        "",
+        "-- What it reads.",
+        *_render(connection, _grants(connection, role, tables)),
+        "",
+        "-- What is published: the tables' owner (or a superuser) has to run this.",
+        *(_render(connection, planned.statements) or ["-- nothing is missing"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _plan(
+    name: str,
+    has_first: bool,
+    has_second: bool,
+    listed: frozenset[int],
+    listed_append: frozenset[int],
+    tables: list[TableDefinition],
+) -> Plan:
+    usable = [table for table in tables if table.identity_usable]
+    unusable = [table for table in tables if not table.identity_usable]
+    lost = [table for table in unusable if table.oid in listed]
+    gained = [table for table in usable if table.oid in listed_append]
+    statements = [
+        *([] if has_first else _create(name, _ALL)),
+        *([] if has_second else _create(append_name(name), _APPEND)),
+        *_alter(name, "DROP", lost),
+        *_alter(append_name(name), "ADD", [table for table in unusable if table.oid not in listed_append]),
+        *_alter(append_name(name), "DROP", gained),
+        *_alter(name, "ADD", [table for table in usable if table.oid not in listed]),
+    ]
+    return Plan(
+        names=(name, append_name(name)),
+        added=tuple(table for table in tables if table.oid not in listed | listed_append),
+        gained=tuple(gained),
+        lost=tuple(lost),
+        statements=tuple(statements),
+    )
+
+
+def _apply(connection: Connection, name: str, planned: Plan) -> bool:
+    """Run the plan; whether the tables, now that they are locked, still are what it was made for."""
+    with translated(f"publication {name}"), connection.transaction() as transaction:
+        connection.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'".encode())
+        for statement in planned.statements:
+            connection.execute(statement)
+        changed = (*planned.added, *planned.gained, *planned.lost)
+        now = catalog.definitions(connection, [table.oid for table in changed])
+        same = all(table.oid in now and now[table.oid].identity_usable == table.identity_usable for table in changed)
+        if not same:
+            transaction.force_rollback = True
+    return same
+
+
+def _create(name: str, publish: str) -> list[sql.Composed]:
+    publication = sql.Identifier(name)
+    return [
+        sql.SQL("CREATE PUBLICATION {} WITH (publish = {}, publish_via_partition_root = true)").format(
+            publication, sql.Literal(publish)
+        ),
+        sql.SQL("COMMENT ON PUBLICATION {} IS {}").format(publication, sql.Literal(MARK)),
+    ]
+
+
+def _alter(name: str, action: str, tables: Iterable[TableDefinition]) -> list[sql.Composed]:
+    # ONLY: the children of a table (by inheritance) are tables of their own, which may not match.
+    listed = [sql.SQL("ONLY {}").format(_identifier(table)) for table in tables]
+    if not listed:
+        return []
+    change = sql.SQL(f"ALTER PUBLICATION {{}} {action} TABLE {{}}")
+    return [change.format(sql.Identifier(name), sql.SQL(", ").join(listed))]
+
+
+def _identifier(table: TableDefinition) -> sql.Identifier:
+    return sql.Identifier(table.schema, table.name)
+
+
+def _read(connection: Connection, names: Sequence[str]) -> dict[str, _Publication]:
+    # 6104 is pg_publication itself.
+    with translated("read publications"):
+        rows = connection.execute(
+            """
+            SELECT p.pubname::text, coalesce(d.description = %s, false),
+                   ARRAY(SELECT r.prrelid::int8 FROM pg_publication_rel AS r WHERE r.prpubid = p.oid)
+            FROM pg_publication AS p
+            LEFT JOIN pg_description AS d ON d.objoid = p.oid AND d.classoid = 6104 AND d.objsubid = 0
+            WHERE p.pubname = ANY (%s)""",
+            [MARK, list(names)],
+        ).fetchall()
+    return {name: _Publication(ours, frozenset(members)) for name, ours, members in rows}
+
+
+def _settings_sql(service: str) -> list[str]:
+    if service == "rds":
+        return ["-- Parameter group: rds.logical_replication = 1, then reboot."]
+    if service == "cloudsql":
+        return ["-- Database flag: cloudsql.logical_decoding = on, then restart."]
+    if service == "azure":
+        return ["-- Server parameter: wal_level = logical, then restart."]
+    return [
+        "-- As a superuser, then restart the server; pg_hba.conf must let the role in for replication=database.",
+        "ALTER SYSTEM SET wal_level = 'logical';",
+    ]
+
+
+def _role_sql(connection: Connection, role: str, service: str) -> list[str]:
+    with translated(f"read role {role}"):
+        exists = connection.execute("SELECT FROM pg_roles WHERE rolname = %s", [role]).fetchone() is not None
+    name = sql.Identifier(role)
+    statements: list[sql.Composed] = []
+    if service == "rds":
+        statements += [] if exists else [sql.SQL("CREATE ROLE {} LOGIN").format(name)]
+        statements += [sql.SQL("GRANT rds_replication TO {}").format(name)]
+    else:
+        verb = "ALTER" if exists else "CREATE"
+        statements += [sql.SQL(f"{verb} ROLE {{}} LOGIN REPLICATION").format(name)]
+    return _render(connection, statements)
+
+
+def _grants(connection: Connection, role: str, tables: Sequence[TableDefinition]) -> list[sql.Composed]:
+    name = sql.Identifier(role)
+    schemas = sorted({table.schema for table in tables})
+    database = sql.Identifier(connection.info.dbname)
+    grants: list[sql.Composed] = [sql.SQL("GRANT CONNECT ON DATABASE {} TO {}").format(database, name)]
+    for schema in schemas:
+        grants.append(sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(sql.Identifier(schema), name))
+        grants.append(
+            sql.SQL("ALTER DEFAULT PRIVILEGES IN SCHEMA {} GRANT SELECT ON TABLES TO {}").format(
+                sql.Identifier(schema), name
+            )
+        )
+    grants += [sql.SQL("GRANT SELECT ON {} TO {}").format(_identifier(table), name) for table in tables]
+    return grants
+
+
+def _render(connection: Connection, statements: Iterable[sql.Composed]) -> list[str]:
+    return [statement.as_string(connection) + ";" for statement in statements]

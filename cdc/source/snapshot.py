@@ -1,0 +1,287 @@
+"""A copy of one table at one LSN, while it is being written to.
+
+Making a temporary logical slot waits until every running transaction has ended, and yields a position L with an
+exported snapshot that agree exactly: what was committed before L is in the snapshot, all else is not. So:
+
+    1. the temporary slot; L, and the name of its snapshot
+    2. sessions that import the snapshot, one per worker; each takes ACCESS SHARE on the table, with NOWAIT
+    3. the slot is dropped: the sessions keep the snapshot
+    4. the table's definition as the snapshot has it must be the live one, else all begins again
+    5. COPY by ranges of ctid, with the publication's columns and row filter
+
+Not the lock first: an ALTER in the queue has the xid that step 1 waits for, and waits for our lock; nobody would notice
+that deadlock. Not a waiting lock in a worker, which hangs behind a queued ALTER just so. Without step 4 a table that was
+rewritten between 1 and 2 is copied as empty.
+
+The caller has the table's changes kept from before step 1 on; those with a commit LSN >= L belong on top of the copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import queue
+import select
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import psycopg
+from psycopg import pq, sql
+
+from cdc.errors import CdcError, ConnectionLost, SourceError
+from cdc.source import catalog, slot
+from cdc.source.catalog import PublishedTable, TableDefinition
+from cdc.source.connection import Connection, connect, connect_replication, result_error, translated
+
+__all__ = ["CopyLimits", "Snapshot", "copy_table"]
+
+RANGE_BYTES = 64_000_000
+"""Size of a range of ctid: the grain in which workers share a table."""
+
+WAIT_S = 5.0
+"""After so long of waiting for other transactions, the caller is told whose."""
+
+
+_AGAIN = "the copy begins again by itself"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CopyLimits:
+    """How a copy is cut and shared out: rows and bytes of one chunk, and connections at work."""
+
+    rows: int
+    bytes: int
+    workers: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Where a copy stands.
+
+    Attributes:
+        lsn: L.
+        taken_at: the server's clock at the snapshot, microseconds since 1970 UTC.
+        definition: the table, under the snapshot.
+        published: its columns and row filter.
+        estimate_bytes: size of the table and its partitions.
+    """
+
+    lsn: int
+    taken_at: int
+    definition: TableDefinition
+    published: PublishedTable
+    estimate_bytes: int
+
+
+def copy_table(
+    dsn: str,
+    publications: Sequence[str],
+    oid: int,
+    slot_name: str,
+    limits: CopyLimits,
+    *,
+    started: Callable[[Snapshot], None],
+    rows: Callable[[Snapshot, bytes, int], None],
+    waiting: Callable[[list[slot.Blocker], float], None],
+    stopping: Callable[[], bool],
+) -> Snapshot:
+    """Copy one published table.
+
+    Args:
+        slot_name: of the temporary slot.
+        started: called once the copy's LSN is known, before any rows.
+        rows: called from the workers' threads, several at a time, with rows as CSV and their number.
+        waiting: told who keeps the copy from beginning, and for how many seconds by now.
+        stopping: asked often; once it says yes the copy ends with ConnectionLost.
+
+    Raises:
+        ConnectionLost: worth another try: the connection broke, the table is being altered, or we are stopping.
+        SourceError: this table cannot be copied.
+    """
+    with contextlib.ExitStack() as stack:
+        snapshot, sessions = _take(dsn, publications, oid, slot_name, limits.workers, stack, waiting, stopping)
+        started(snapshot)
+        with translated(f"copy of {snapshot.published}"):
+            _copy(snapshot, sessions, limits, rows, stopping)
+        return snapshot
+
+
+def _take(
+    dsn: str,
+    publications: Sequence[str],
+    oid: int,
+    slot_name: str,
+    workers: int,
+    stack: contextlib.ExitStack,
+    waiting: Callable[[list[slot.Blocker], float], None],
+    stopping: Callable[[], bool],
+) -> tuple[Snapshot, list[Connection]]:
+    """Steps 1 to 4. `stack` closes what was opened."""
+    watcher = stack.enter_context(connect(dsn))
+    published = _published(watcher, publications, oid)
+    size = _size(watcher, oid)
+    maker = connect_replication(dsn)
+    stack.callback(maker.finish)
+
+    def look(waited_s: float) -> None:
+        if stopping():
+            raise ConnectionLost("the copy was stopped")
+        if waited_s >= WAIT_S:
+            waiting(slot.blockers(watcher), waited_s)
+
+    lsn, name = slot.create_temporary(maker, slot_name, waiting=look)
+    sessions = []
+    for _ in range(min(workers, max(1, size // RANGE_BYTES + 1))):
+        session = stack.enter_context(connect(dsn))
+        with translated(f"snapshot of {published}"):
+            session.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            session.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(name))
+            _lock(session, published)
+        sessions.append(session)
+    maker.finish()  # the temporary slot goes with its connection
+    definition = catalog.definition(sessions[0], oid)
+    if definition is None or definition != catalog.definition(watcher, oid):
+        raise ConnectionLost(f"table {published} is being altered", _AGAIN)
+    with translated(f"snapshot of {published}"):
+        row = sessions[0].execute("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint").fetchone()
+    assert row is not None
+    return Snapshot(lsn, int(row[0]), definition, published, size), sessions
+
+
+def _published(connection: Connection, publications: Sequence[str], oid: int) -> PublishedTable:
+    """Return the table as all of `publications` together publish it: a row goes out if any of their filters lets it."""
+    found = [table for table in catalog.published(connection, publications) if table.oid == oid]
+    if not found:
+        raise SourceError(f"the table with OID {oid} is no longer published", "it is copied once it is published again")
+    filters = [table.row_filter for table in found]
+    either = None if None in filters else " OR ".join(f"({text})" for text in filters)
+    return dataclasses.replace(found[0], row_filter=either)
+
+
+def _lock(session: Connection, published: PublishedTable) -> None:
+    table = sql.Identifier(published.schema, published.name)
+    try:
+        session.execute(sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE NOWAIT").format(table))
+    except (psycopg.errors.LockNotAvailable, psycopg.errors.UndefinedTable) as error:
+        raise ConnectionLost(f"table {published} is being altered: {error.diag.message_primary}", _AGAIN) from None
+
+
+def _size(connection: Connection, oid: int) -> int:
+    with translated("size of a table"):
+        row = connection.execute(
+            "SELECT coalesce(sum(pg_relation_size(relid)), 0)::bigint FROM pg_partition_tree(%s) WHERE isleaf", [oid]
+        ).fetchone()
+        plain = connection.execute("SELECT pg_relation_size(%s)", [oid]).fetchone()
+    return max(int(row[0]) if row else 0, int(plain[0] or 0) if plain else 0)
+
+
+def _statements(snapshot: Snapshot, connection: Connection) -> Iterator[bytes]:
+    """Yield one COPY per range of ctid, of the table or of each of its partitions."""
+    published = snapshot.published
+    columns = sql.SQL(", ").join(map(sql.Identifier, published.columns))
+    filtered = sql.SQL("({})").format(sql.SQL(published.row_filter)) if published.row_filter else sql.SQL("true")  # type: ignore[arg-type]
+    block = int(connection.execute("SELECT current_setting('block_size')").fetchall()[0][0])
+    step = max(1, RANGE_BYTES // block)
+    leaves = [leaf for leaf, _ in snapshot.definition.relfilenodes]
+    found = connection.execute(
+        "SELECT n.nspname, c.relname, pg_relation_size(c.oid) FROM pg_class c JOIN pg_namespace n "
+        "ON n.oid = c.relnamespace WHERE c.oid = ANY(%s) AND c.relkind = 'r' ORDER BY c.oid",
+        [leaves],
+    ).fetchall()
+    for schema, name, size in found:
+        edges = list(range(0, max(1, -(-size // block)), step))
+        for low, high in zip(edges, [*edges[1:], None], strict=True):
+            # The last range has no upper bound: the size is that of now, and rows of the snapshot may lie behind it.
+            upper = sql.SQL(" AND ctid < {}::tid").format(f"({high},0)") if high is not None else sql.SQL("")
+            statement = sql.SQL(
+                "COPY (SELECT {} FROM ONLY {} WHERE ctid >= {}::tid{} AND {}) TO STDOUT (FORMAT csv)"
+            ).format(columns, sql.Identifier(schema, name), f"({low},0)", upper, filtered)
+            yield statement.as_bytes(connection)
+
+
+def _copy(
+    snapshot: Snapshot,
+    sessions: Sequence[Connection],
+    limits: CopyLimits,
+    rows: Callable[[Snapshot, bytes, int], None],
+    stopping: Callable[[], bool],
+) -> None:
+    """Step 5: one thread per session, each taking the next range."""
+    ranges: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    for statement in _statements(snapshot, sessions[0]):
+        ranges.put(statement)
+    failures: list[BaseException] = []
+
+    def work(session: Connection) -> None:
+        try:
+            while not failures:
+                try:
+                    statement = ranges.get_nowait()
+                except queue.Empty:
+                    return
+                for data, count in _read(session, statement, limits, lambda: bool(failures) or stopping()):
+                    rows(snapshot, data, count)
+        except BaseException as error:  # noqa: BLE001 -- raised again by the caller's thread
+            failures.append(error)
+
+    threads = [
+        threading.Thread(target=work, args=[s], name=f"cdc-copy-{i}", daemon=True) for i, s in enumerate(sessions)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _read(
+    session: Connection, statement: bytes, limits: CopyLimits, stopping: Callable[[], bool]
+) -> Iterator[tuple[bytes, int]]:
+    """Run one COPY TO STDOUT and yield its rows in chunks, joined, with their number.
+
+    On libpq itself: psycopg's own COPY takes a generator's turn per row.
+    """
+    pgconn = session.pgconn
+    pgconn.send_query(statement)
+    while pgconn.flush():
+        time.sleep(0.001)
+    while pgconn.is_busy():
+        _wait(pgconn, stopping)
+    result = pgconn.get_result()
+    if result is None or result.status != pq.ExecStatus.COPY_OUT:
+        raise _failure(result, pgconn)
+    get = pgconn.get_copy_data
+    lines: list[bytes] = []
+    size = 0
+    while True:
+        n, view = get(1)
+        if n > 0:
+            lines.append(bytes(view))
+            size += n
+            if size >= limits.bytes or len(lines) >= limits.rows:
+                yield b"".join(lines), len(lines)
+                lines, size = [], 0
+        elif n == 0:
+            _wait(pgconn, stopping)
+        else:
+            break
+    while (ended := pgconn.get_result()) is not None:
+        if ended.status != pq.ExecStatus.COMMAND_OK:
+            raise _failure(ended, pgconn)
+    if lines:
+        yield b"".join(lines), len(lines)
+
+
+def _wait(pgconn: pq.abc.PGconn, stopping: Callable[[], bool]) -> None:
+    if stopping():
+        raise ConnectionLost("the copy was stopped")
+    select.select([pgconn.socket], [], [], 0.2)
+    pgconn.consume_input()
+
+
+def _failure(result: pq.abc.PGresult | None, pgconn: pq.abc.PGconn) -> CdcError:
+    if result is None:
+        return ConnectionLost("the connection of a copy broke", _AGAIN)
+    return result_error(result, pgconn, "copy")

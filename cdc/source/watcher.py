@@ -1,0 +1,61 @@
+"""Looks at the publications now and then: adds tables that match our patterns, and tells what is published.
+
+State: one thread and the newest answer. A server that cannot be reached is the stream's concern; here it is only asked
+again at the next poll.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from cdc.errors import CdcError
+from cdc.source import catalog, publication
+from cdc.source.catalog import PublishedTable
+from cdc.source.connection import connect
+
+__all__ = ["POLL_S", "Watcher"]
+
+POLL_S = 5.0
+"""A table that was created appears within one poll."""
+
+
+class Watcher:
+    """Polls from `start` to `stop`."""
+
+    def __init__(self, dsn: str, name: str, patterns: Sequence[str]) -> None:
+        self._dsn = dsn
+        self._name = name
+        self._patterns = tuple(patterns)
+        self._stopping = threading.Event()
+        self._latest: list[PublishedTable] | None = None
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="cdc-watcher", daemon=True)
+
+    def start(self) -> None:
+        """Begin to poll; the first answer comes after POLL_S."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the polling."""
+        self._stopping.set()
+        if self._thread.ident is not None:
+            self._thread.join(2.0)
+
+    def latest(self) -> list[PublishedTable] | None:
+        """Return the newest answer, once; None: there is no new one."""
+        with self._lock:
+            latest, self._latest = self._latest, None
+        return latest
+
+    def _run(self) -> None:
+        while not self._stopping.wait(POLL_S):
+            try:
+                with connect(self._dsn) as connection:
+                    names = publication.ensure(connection, self._name, self._patterns)
+                    found = catalog.published(connection, names)
+            except CdcError:
+                # A restart, or a lock that an ALTER holds: the next poll sees what this one did not.
+                continue
+            with self._lock:
+                self._latest = found
