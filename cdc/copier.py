@@ -85,8 +85,10 @@ class Copier:
         history: History,
         waiting: Callable[[str, list[Blocker], float], None],
     ) -> None:
-        """Args:
-        waiting: told which table's copy waits for whom, and for how many seconds by now.
+        """Create one that does nothing yet.
+
+        Args:
+            waiting: told which table's copy waits for whom, and for how many seconds by now.
         """
         self.items: queue.Queue[CopyItem] = queue.Queue(maxsize=2)
         self._settings = settings
@@ -137,7 +139,9 @@ class Copier:
 
     def _copy(self, oid: int, name: str) -> Copied:
         limits = CopyLimits(self._settings.flush_rows, self._settings.flush_bytes, self._settings.threads)
-        for attempt in stamina.retry_context(on=ConnectionLost, attempts=None, timeout=None, wait_initial=0.2, wait_max=5.0):
+        for attempt in stamina.retry_context(
+            on=ConnectionLost, attempts=None, timeout=None, wait_initial=0.2, wait_max=5.0
+        ):
             with attempt:
                 if self._stopping.is_set():
                     raise _Stopped

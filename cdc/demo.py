@@ -101,7 +101,11 @@ def _await_copies(environment: dict[str, str], consumer: subprocess.Popen[bytes]
         if consumer.poll() is not None:
             raise CdcError("the consumer has ended", "its own message stands above")
         answer = subprocess.run(
-            [*_PROGRAM, "query", "--format", "csv", question], env=environment, capture_output=True, text=True, check=False
+            [*_PROGRAM, "query", "--format", "csv", question],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if answer.returncode == 0 and answer.stdout.split()[-1] == "4":
             return

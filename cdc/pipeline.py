@@ -12,10 +12,11 @@ not durable. A broken connection is made anew from the checkpoint, with a decode
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import queue
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import duckdb
@@ -31,7 +32,7 @@ from cdc.settings import Settings
 from cdc.sink.checkpoint import Table
 from cdc.sink.history import History
 from cdc.sink.schema import LiveColumn, LiveTable
-from cdc.sink.sink import CopiedChunk, Resync, Sink
+from cdc.sink.sink import CopiedChunk, Sink
 from cdc.sink.warehouse import ConsumerLock, Warehouse
 from cdc.source import catalog, fence
 from cdc.source.catalog import PublishedTable
@@ -192,7 +193,7 @@ class Pipeline:
                 self._idle(item)
             case StreamEnded():
                 self._sink.rollback()
-                if not isinstance(item.error, ConnectionLost):
+                if item.error is not None and not isinstance(item.error, ConnectionLost):
                     raise item.error
                 self._observer.event("connection lost", reason=str(item.error))
                 self._connect()
@@ -259,7 +260,7 @@ class Pipeline:
                 on=ConnectionLost, attempts=None, timeout=None, wait_initial=0.1, wait_max=5.0, wait_jitter=0.5
             ):
                 with attempt:
-                    if attempt.num == 2:  # noqa: PLR2004 -- once, not at every try
+                    if attempt.num == 2:  # once, not at every try
                         self._observer.event("waiting for Postgres")
                     self._inbox = queue.Queue(QUEUE_BATCHES)
                     receiver = Receiver(
@@ -383,7 +384,9 @@ class Pipeline:
     def _waiting_for_warehouse(self, busy: WarehouseBusy, waited_s: float) -> None:
         if waited_s >= _BUSY_WARNING_S and time.monotonic() - self._warned_at >= _BUSY_WARNING_S:
             self._warned_at = time.monotonic()
-            self._observer.event("waiting for the warehouse", reason=str(busy), waited_s=round(waited_s), hint=busy.hint)
+            self._observer.event(
+                "waiting for the warehouse", reason=str(busy), waited_s=round(waited_s), hint=busy.hint
+            )
 
     def _waiting_for_slot(self, table: str, blockers: list[Blocker], waited_s: float) -> None:
         if time.monotonic() - self._warned_at >= _BUSY_WARNING_S:
@@ -393,23 +396,16 @@ class Pipeline:
                 "copy waits for running transactions to end", table=table, waited_s=round(waited_s), transactions=who
             )
 
-    def _interruption(self) -> _Interruption:
-        return _Interruption(self)
-
-
-class _Interruption:
-    """Within it, a signal ends what is under way at once: nothing is in hand that would have to be flushed."""
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
-
-    def __enter__(self) -> None:
-        if self._pipeline._stopping:
+    @contextlib.contextmanager
+    def _interruption(self) -> Iterator[None]:
+        """Within it, a signal ends what is under way at once: nothing is in hand that would have to be flushed."""
+        if self._stopping:
             raise Stopped
-        self._pipeline._interruptible = True
-
-    def __exit__(self, *_: object) -> None:
-        self._pipeline._interruptible = False
+        self._interruptible = True
+        try:
+            yield
+        finally:
+            self._interruptible = False
 
 
 def _storage(definition: catalog.TableDefinition) -> str:

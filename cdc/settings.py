@@ -84,8 +84,12 @@ class Settings(BaseSettings):
     history: Path | None = Field(Path("lake/history"), description="folder of the Parquet change log; empty: none")
     slot: str = Field("cdc", pattern=r"^[a-z0-9_]{1,63}$", description="the replication slot")
     publication: str = Field("cdc", min_length=1, max_length=56, description="the publication")
-    tables: Annotated[Names, Field(description="schema.table names or patterns, by comma; empty: every user table")] = ()
-    flush_interval: Annotated[Duration, Field(gt=0, le=3600, description="longest time that a batch is collected")] = 1.0
+    tables: Annotated[
+        Names, Field(description="schema.table names or patterns, by comma; empty: every user table")
+    ] = ()
+    flush_interval: Annotated[Duration, Field(gt=0, le=3600, description="longest time that a batch is collected")] = (
+        1.0
+    )
     flush_rows: int = Field(100_000, ge=1, le=10_000_000, description="largest number of changes in a batch")
     flush_bytes: Annotated[Size, Field(ge=1, le=10**9, description="largest size of a batch")] = 64_000_000
     memory: Annotated[Size, Field(ge=64_000_000, description="DuckDB's memory limit")] = 512_000_000
@@ -99,8 +103,8 @@ class Settings(BaseSettings):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 -- we read no .env file
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 -- nor a folder of secrets
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags, then the environment, then ``cdc.toml``."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)

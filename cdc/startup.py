@@ -72,9 +72,7 @@ def prepare(settings: Settings, sink: Sink, *, fresh: bool) -> tuple[str, ...]:
     return publications
 
 
-def reconcile(
-    known: Iterable[Table], published: Sequence[PublishedTable], *, starting: bool = False
-) -> list[Table]:
+def reconcile(known: Iterable[Table], published: Sequence[PublishedTable], *, starting: bool = False) -> list[Table]:
     """Return the rows of ``_cdc.tables`` that change now that just these tables are published.
 
     Args:
@@ -98,9 +96,11 @@ def reconcile(
             # Until it was moved here, some of its changes were not in the stream.
             moved = dataclasses.replace(table, publication=names, reason="moved to another publication")
             changed.append(dataclasses.replace(moved, state="resyncing" if table.state == "streaming" else table.state))
-    for table in known_by_oid.values():
-        if table.oid not in where and table.state != "dropped":
-            changed.append(dataclasses.replace(table, state="dropped", reason="no longer published"))
+    changed += [
+        dataclasses.replace(table, state="dropped", reason="no longer published")
+        for table in known_by_oid.values()
+        if table.oid not in where and table.state != "dropped"
+    ]
     return changed
 
 

@@ -29,7 +29,7 @@ _PLAIN = ("BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "US
 @click.option("--format", "form", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
 @with_settings("warehouse")
 def query(settings: Settings, sql: str, form: str) -> None:
-    """Run one SQL query and print its rows.
+    r"""Run one SQL query and print its rows.
 
     \b
     Examples:
@@ -48,8 +48,8 @@ def query(settings: Settings, sql: str, form: str) -> None:
 
 
 def _run(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[list[str], list[tuple[object, ...]]]:
-    """Return names and rows; what Python has no exact value for (infinite dates, big decimals) comes as DuckDB's text."""
-    relation = connection.sql(sql)
+    """Return names and rows; what Python has no exact value for (infinite dates, say) comes as DuckDB's text."""
+    relation: duckdb.DuckDBPyRelation | None = connection.sql(sql)
     if relation is None:
         return [], []
     names = list(relation.columns)

@@ -10,7 +10,7 @@ import click
 from cdc.cli.options import with_settings
 from cdc.errors import CdcError, SettingsError, StateError
 from cdc.settings import Settings
-from cdc.sink.checkpoint import Ledger, Table
+from cdc.sink.checkpoint import Ledger, State, Table
 from cdc.sink.warehouse import Warehouse
 from cdc.source import slot
 from cdc.source.connection import connect
@@ -25,7 +25,7 @@ PATIENCE_S = 60.0
 @click.option("--all", "everything", is_flag=True, help="every table; makes a new slot too, if the old one is gone")
 @with_settings("dsn", "warehouse", "slot")
 def resync(settings: Settings, tables: tuple[str, ...], everything: bool) -> None:
-    """Copy tables anew, while everything else streams on.
+    r"""Copy tables anew, while everything else streams on.
 
     A running consumer begins at once, another one when it is started. Readers see the old content until the new one
     is complete.
@@ -51,7 +51,7 @@ def resync(settings: Settings, tables: tuple[str, ...], everything: bool) -> Non
         warehouse.begin()
         for table in chosen:
             # What is up to date stays so until the new copy takes its place; what is not begins anew.
-            state = "resyncing" if table.state == "streaming" else "pending"
+            state: State = "resyncing" if table.state == "streaming" else "pending"
             ledger.put(dataclasses.replace(table, state=state, reason=""))
         if everything and _slot_is_of_no_use(settings, ledger.checkpoint.lsn):
             ledger.forget_position()
@@ -79,4 +79,3 @@ def _slot_is_of_no_use(settings: Settings, lsn: int | None) -> bool:
     if found is None or found.wal_status == "lost" or found.restart_lsn is None:
         return True
     return lsn is not None and found.confirmed_flush_lsn is not None and found.confirmed_flush_lsn > lsn
-

@@ -31,7 +31,7 @@ _LINE_S = 10.0
 @click.option("--fresh", is_flag=True, help="take the slot over, set an old history aside, and copy everything anew")
 @with_settings()
 def run(settings: Settings, once: bool, fresh: bool) -> None:
-    """Mirror the database until SIGTERM or Ctrl-C.
+    r"""Mirror the database until SIGTERM or Ctrl-C.
 
     Creates publication and slot if they are absent, copies the tables that are not copied yet, then streams. A first
     signal flushes what is in hand and exits within 10 seconds; a second one quits at once. Neither loses anything.
@@ -119,7 +119,9 @@ class Bars(Log):
         if table != self._table:
             self._end()
             self._table, self._task = table, self._progress.add_task(f"copy {table}", total=total_bytes)
-        self._progress.update(self._task, completed=min(done_bytes, total_bytes), description=f"copy {table}: {rows} rows")
+        self._progress.update(
+            self._task, completed=min(done_bytes, total_bytes), description=f"copy {table}: {rows} rows"
+        )
 
     def copied(self, table: str, rows: int) -> None:
         """End the bar."""

@@ -24,7 +24,7 @@ __all__ = ["setup"]
 @click.option("--apply", is_flag=True, help="create and fill the publications now, as the role of the DSN")
 @with_settings("dsn", "publication", "tables")
 def setup(settings: Settings, role: str, service: str, apply: bool) -> None:
-    """Print the SQL that the database's owner has to run once: settings, role, grants, publications.
+    r"""Print the SQL that the database's owner has to run once: settings, role, grants, publications.
 
     \b
     Examples:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import time
 from typing import Any
@@ -22,6 +22,11 @@ from cdc.source.connection import connect, translated
 __all__ = ["status"]
 
 PATIENCE_S = 10.0
+
+_POSITIONS = """
+SELECT (pg_current_wal_lsn() - '0/0')::int8,
+       (SELECT (sent_lsn - '0/0')::int8 FROM pg_stat_replication JOIN pg_replication_slots ON active_pid = pid
+        WHERE slot_name = %s)"""
 
 
 @click.command()
@@ -49,11 +54,7 @@ def _gather(settings: Settings) -> dict[str, Any]:
     with connect(settings.dsn) as connection:
         found = slot.read(connection, settings.slot)
         with translated("positions"):
-            server, sent = connection.execute(
-                "SELECT (pg_current_wal_lsn() - '0/0')::int8, (SELECT (sent_lsn - '0/0')::int8 FROM pg_stat_replication "
-                "JOIN pg_replication_slots ON active_pid = pid WHERE slot_name = %s)",
-                [settings.slot],
-            ).fetchall()[0]
+            server, sent = connection.execute(_POSITIONS, [settings.slot]).fetchall()[0]
     confirmed = found.confirmed_flush_lsn if found else None
     checkpoint = warehouse["checkpoint"]
     as_of = warehouse["as_of"]
@@ -88,7 +89,10 @@ def _warehouse(settings: Settings) -> dict[str, Any]:
         return empty
     connection = open_for_reading(settings.warehouse, PATIENCE_S)
     try:
-        run = lambda sql: connection.execute(sql).fetchall()  # noqa: E731 -- used thrice, here only
+
+        def run(sql: str) -> list[tuple[Any, ...]]:
+            return connection.execute(sql).fetchall()
+
         if not run("SELECT 1 FROM duckdb_tables() WHERE schema_name = '_cdc' AND table_name = 'tables'"):
             raise SinkError(f"{settings.warehouse} is no warehouse of cdc", "set CDC_WAREHOUSE to the one you mean")
         for lsn, commit_ts, as_of in run("SELECT lsn, commit_ts::VARCHAR, epoch(as_of) FROM _cdc.checkpoint"):
@@ -99,7 +103,14 @@ def _warehouse(settings: Settings) -> dict[str, Any]:
         ):
             rows = run(f"SELECT count(*) FROM {quote(schema, name)}")[0][0] if (schema, name) in here else None
             empty["tables"].append(
-                {"schema": schema, "name": name, "state": state, "reason": reason, "rows": rows, "last_change_ts": changed}
+                {
+                    "schema": schema,
+                    "name": name,
+                    "state": state,
+                    "reason": reason,
+                    "rows": rows,
+                    "last_change_ts": changed,
+                }
             )
     finally:
         connection.close()
@@ -112,13 +123,15 @@ def _lsn(value: int | None) -> str | None:
 
 def _print(found: dict[str, Any]) -> None:
     console = Console()
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    now = dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     there, positions = found["slot"], found["positions"]
     facts = Table(title=f"cdc at {now}", show_header=False)
     if there is None:
         facts.add_row("slot", "does not exist")
     else:
-        facts.add_row("slot", f"{there['name']}, {'active' if there['active'] else 'not active'}, {there['wal_status']}")
+        facts.add_row(
+            "slot", f"{there['name']}, {'active' if there['active'] else 'not active'}, {there['wal_status']}"
+        )
         facts.add_row("WAL retained", f"{_size(there['retained_bytes'])}, left: {_size(there['safe_bytes'])}")
     for name in ("server", "received", "confirmed"):
         facts.add_row(name, str(positions[name] or "-"))

@@ -78,6 +78,10 @@ def _bools(array: pa.BooleanArray) -> Mask:
     return mask
 
 
+# Made once: for each Python string that it turns into a scalar, pyarrow looks for pandas anew where that is absent.
+_T, _F, _FIRST_DAY, _SPACE = (pa.scalar(text) for text in ("t", "f", "1970-01-01", " "))
+
+
 def _keep(text: pa.StringArray) -> pa.Array:
     """Text stays as it is."""
     return text
@@ -85,8 +89,8 @@ def _keep(text: pa.StringArray) -> pa.Array:
 
 def _bool(text: pa.StringArray) -> pa.Array:
     """Postgres prints t and f."""
-    true = pc.equal(text, "t")
-    if pc.all(pc.or_(true, pc.equal(text, "f"))).as_py() is False:  # None: nothing but NULLs
+    true = pc.equal(text, _T)
+    if pc.all(pc.or_(true, pc.equal(text, _F))).as_py() is False:  # None: nothing but NULLs
         raise pa.ArrowInvalid("expected t or f")
     return true
 
@@ -101,7 +105,7 @@ def _json(text: pa.StringArray) -> pa.Array:
 
 def _time(text: pa.StringArray) -> pa.Array:
     """Arrow has no cast from text to time, but one by way of a timestamp on the first day; it refuses 24:00:00."""
-    moment = pc.cast(pc.binary_join_element_wise("1970-01-01", text, " "), pa.timestamp("us"))
+    moment = pc.cast(pc.binary_join_element_wise(_FIRST_DAY, text, _SPACE), pa.timestamp("us"))
     return pc.cast(moment, pa.time64("us"))
 
 

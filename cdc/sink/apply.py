@@ -74,13 +74,16 @@ class _Work:
 
     def truncate(self, commit_ts: int) -> None:
         if self.soft:
-            sql = f"UPDATE {self.target} SET {quote(DELETED_AT)} = make_timestamptz(?) WHERE {quote(DELETED_AT)} IS NULL"
+            sql = (
+                f"UPDATE {self.target} SET {quote(DELETED_AT)} = make_timestamptz(?) WHERE {quote(DELETED_AT)} IS NULL"
+            )
             self.warehouse.execute(sql, [commit_ts])
         else:
             self.warehouse.execute(f"DELETE FROM {self.target}")
         where = "schema_name = ? AND table_name = ?"
         self.warehouse.execute(
-            f"UPDATE _cdc.quarantine SET current = false WHERE {where} AND current", [self.table.schema, self.table.name]
+            f"UPDATE _cdc.quarantine SET current = false WHERE {where} AND current",
+            [self.table.schema, self.table.name],
         )
 
     def resolve(self, changes: TableChanges) -> TableChanges:
@@ -110,13 +113,16 @@ class _Work:
         changes.unchanged.clear()
         return changes
 
-    def _look_up(self, changes: TableChanges, asked: npt.NDArray[np.int64], wanted: Sequence[int]) -> dict[int, pa.Array]:
+    def _look_up(
+        self, changes: TableChanges, asked: npt.NDArray[np.int64], wanted: Sequence[int]
+    ) -> dict[int, pa.Array]:
         """Return, per column index in `wanted`, the warehouse's values of the rows with the keys of rows `asked`."""
         need = self._keys(changes, asked).append_column("_cdc_n", pa.array(np.arange(len(asked))))
         names = {i: quote(changes.relation.columns[i].name) for i in wanted}
-        kinds = {i: self._kind(changes, i) for i in wanted}
+        kinds = {i: _kind(changes, i) for i in wanted}
         picks = ", ".join(
-            f"CAST(t.{names[i]} AS VARCHAR) AS c{i}" if kinds[i] in _AS_TEXT else f"t.{names[i]} AS c{i}" for i in wanted
+            f"CAST(t.{names[i]} AS VARCHAR) AS c{i}" if kinds[i] in _AS_TEXT else f"t.{names[i]} AS c{i}"
+            for i in wanted
         )
         with self.warehouse.view("_need", need):
             found = self.warehouse.arrow(
@@ -193,8 +199,9 @@ class _Work:
     def _delete(self, changes: TableChanges, which: npt.NDArray[np.int64]) -> None:
         if len(which):
             with self.warehouse.view("_keys", self._keys(changes, which)):
+                keys = self._keyed("_keys", changes)
                 self.warehouse.execute(
-                    f"DELETE FROM {self.target} AS t USING {self._keyed('_keys', changes)} k WHERE {self._match(changes, 'k')}"
+                    f"DELETE FROM {self.target} AS t USING {keys} k WHERE {self._match(changes, 'k')}"
                 )
 
     def _mark(self, changes: TableChanges, which: npt.NDArray[np.int64]) -> None:
@@ -235,14 +242,9 @@ class _Work:
     def _casts(self, changes: TableChanges, which: Iterable[int]) -> str:
         parts = []
         for i in which:
-            name, kind = quote(changes.relation.columns[i].name), self._kind(changes, i)
+            name, kind = quote(changes.relation.columns[i].name), _kind(changes, i)
             parts.append(f"CAST({name} AS {kind}) AS {name}" if kind in _AS_TEXT else name)
         return ", ".join(parts)
-
-    @staticmethod
-    def _kind(changes: TableChanges, index: int) -> str:
-        column = changes.relation.columns[index]
-        return column_type(column.type_oid, column.typmod).duckdb
 
     def _missing(self, count: int) -> TableError:
         return TableError(
@@ -276,7 +278,7 @@ def quarantine(warehouse: Warehouse, table: Table, changes: TableChanges) -> Non
         if unfit.column in key:
             name = changes.relation.columns[unfit.column].name
             raise TableError(
-                f"key column {name} of {table} holds a value that {_Work._kind(changes, unfit.column)} cannot: "
+                f"key column {name} of {table} holds a value that {_kind(changes, unfit.column)} cannot: "
                 "a row would have no key",
                 table.oid,
                 "leave the table out with CDC_TABLES, or give the column a type with a smaller range",
@@ -297,22 +299,31 @@ def quarantine(warehouse: Warehouse, table: Table, changes: TableChanges) -> Non
             current = changes.op[row] != rows.DELETE and (keys is None or newest[keys[row]] == row)
             warehouse.execute(
                 "INSERT INTO _cdc.quarantine VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                [*here, changes.relation.columns[unfit.column].name, keys[row] if keys else None, text]
-                + [int(changes.lsn[row]), int(changes.seq[row]), bool(current)],
+                [
+                    *(*here, changes.relation.columns[unfit.column].name, keys[row] if keys else None, text),
+                    *(int(changes.lsn[row]), int(changes.seq[row]), bool(current)),
+                ],
             )
 
 
 def _key_texts(changes: TableChanges) -> list[str]:
-    """Return each row's key as a JSON object of texts. A slow path, one step a row: only tables in quarantine take it."""
+    """Return each row's key as a JSON object of texts. A slow path, a step per row: only for tables in quarantine."""
     names = [changes.relation.columns[i].name for i in changes.relation.key]
     columns = [changes.columns[i].to_pylist() for i in changes.relation.key]
-    return [json.dumps(dict(zip(names, map(str, values), strict=True))) for values in zip(*columns, strict=True)]
+    rows_of_values = zip(*columns, strict=True)
+    return [json.dumps(dict(zip(names, map(str, values), strict=True))) for values in rows_of_values]
 
 
 def _relation_table(changes: TableChanges, which: npt.NDArray[np.int64] | None) -> pa.Table:
     """Return rows `which` (None: all) as a table with the relation's column names."""
     names = [column.name for column in changes.relation.columns]
     return pa.table(changes.columns if which is None else [c.take(which) for c in changes.columns], names=names)
+
+
+def _kind(changes: TableChanges, index: int) -> str:
+    """Return the DuckDB type of a column."""
+    column = changes.relation.columns[index]
+    return column_type(column.type_oid, column.typmod).duckdb
 
 
 def _one(column: pa.ChunkedArray) -> pa.Array:

@@ -145,7 +145,7 @@ class Ledger:
         (found,) = run("SELECT format FROM _cdc.meta")[0]
         if found > FORMAT:
             raise StateError(
-                f"warehouse {self._warehouse.path} was written by a newer cdc (format {found}, this one knows {FORMAT})",
+                f"warehouse {self._warehouse.path} was written by a newer cdc (format {found}, not {FORMAT})",
                 "upgrade pg-duckdb-cdc",
             )
         for row in run("SELECT system_identifier, database, slot, publication, lsn FROM _cdc.checkpoint"):
@@ -154,8 +154,11 @@ class Ledger:
             "SELECT oid, schema_name, table_name, state, reason, relfilenode, copy_lsn, columns, deletes, "
             "publication FROM _cdc.tables"
         ):
-            columns = tuple(StoredColumn(*column) for column in json.loads(row[7]))
-            self.tables[row[0]] = Table(*row[:7], columns, *row[8:])
+            oid, schema, name, state, reason, relfilenode, copy_lsn, columns, deletes, publication = row
+            stored = tuple(StoredColumn(*column) for column in json.loads(columns))
+            self.tables[oid] = Table(
+                oid, schema, name, state, reason, relfilenode, copy_lsn, stored, deletes, publication
+            )
 
     def create(self, checkpoint: Checkpoint) -> None:
         """Make ``_cdc`` anew, with `checkpoint` as its first; what an earlier one held is gone."""
@@ -185,7 +188,7 @@ class Ledger:
         if len(changed) != 1:
             expected = "none" if known.lsn is None else format_lsn(known.lsn)
             raise StateError(
-                f"the checkpoint in {self._warehouse.path} is no longer {expected}: the file was replaced or written to",
+                f"the checkpoint in {self._warehouse.path} is no longer {expected}: somebody else wrote the file",
                 "restart the consumer; if it refuses, run `cdc resync --all`",
             )
         self.checkpoint = dataclasses.replace(known, lsn=lsn)
@@ -231,7 +234,9 @@ class Ledger:
 
     def requested(self) -> list[int]:
         """Return the OIDs of tables that `cdc resync` has marked since `load`, and take the marks over."""
-        rows = self._warehouse.execute("SELECT oid, state, reason FROM _cdc.tables WHERE state IN ('pending', 'resyncing')")
+        rows = self._warehouse.execute(
+            "SELECT oid, state, reason FROM _cdc.tables WHERE state IN ('pending', 'resyncing')"
+        )
         marked = [oid for oid, state, _ in rows if oid in self.tables and self.tables[oid].state != state]
         for oid, state, reason in rows:
             if oid in marked:

@@ -97,7 +97,7 @@ class History:
             for temporary in self.root.rglob("*" + TEMPORARY):
                 final = temporary.with_name(temporary.name.removesuffix(TEMPORARY))
                 if str(final.relative_to(self.root)) in known:
-                    os.replace(temporary, final)
+                    temporary.replace(final)
                     _fsync_folder(final.parent)
                 else:
                     temporary.unlink()
@@ -128,7 +128,7 @@ class History:
         target = self._temporary(file)
         with _explained(self.root):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with open(target, "wb") as out:
+            with target.open("wb") as out:
                 pq.write_table(log, out, compression="zstd", compression_level=1)
                 out.flush()
                 os.fsync(out.fileno())
@@ -161,7 +161,7 @@ class History:
         reach("before_rename")
         with _explained(self.root):
             for file in files:
-                os.replace(self._temporary(file), self.root / file.path)
+                self._temporary(file).replace(self.root / file.path)
             for folder in {(self.root / file.path).parent for file in files}:
                 _fsync_folder(folder)
         reach("after_rename")

@@ -6,6 +6,7 @@ Pure: NumPy and Arrow only. A *code* is an integer that stands for a key; rows o
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -15,7 +16,18 @@ import pyarrow.compute as pc
 
 from cdc.pgoutput.changes import TableChanges, Unfit
 
-__all__ = ["DELETE", "INSERT", "TRUNCATE", "UPDATE", "Collapsed", "Sources", "collapse", "key_codes", "segments", "trace"]
+__all__ = [
+    "DELETE",
+    "INSERT",
+    "TRUNCATE",
+    "UPDATE",
+    "Collapsed",
+    "Sources",
+    "collapse",
+    "key_codes",
+    "segments",
+    "trace",
+]
 
 INSERT, UPDATE, DELETE, TRUNCATE = (ord(letter) for letter in "IUDT")
 
@@ -29,7 +41,7 @@ def segments(changes: TableChanges) -> Iterator[TableChanges]:
         yield changes
         return
     edges = [0, *cuts.tolist(), len(changes.op)]
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         if high > low:
             yield _slice(changes, low, high)
 
@@ -58,9 +70,9 @@ def key_codes(columns: Sequence[pa.Array]) -> Rows:
     """Return a code for each row of the key `columns` (each of length n), int64[n]."""
     codes = np.zeros(len(columns[0]), np.int64)
     for column in columns:
-        if pa.types.is_floating(column.type):
-            column = pc.add(column, 0.0)  # Postgres holds -0 and 0 to be one key
-        encoded = column.dictionary_encode(null_encoding="encode")
+        # Postgres holds -0 and 0 to be one key.
+        plain = pc.add(column, 0.0) if pa.types.is_floating(column.type) else column
+        encoded = plain.dictionary_encode(null_encoding="encode")
         codes = codes * (len(encoded.dictionary) + 1) + encoded.indices.to_numpy(zero_copy_only=False)
         _, codes = np.unique(codes, return_inverse=True)  # small again, so that the next factor cannot overflow
     return codes

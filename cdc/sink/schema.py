@@ -102,7 +102,9 @@ def create_table(oid: int, target: str, columns: Sequence[StoredColumn], *, soft
 def _refuse(oid: int, target: str, names: Sequence[str], *, soft: bool, logged: bool) -> None:
     hint = "rename the column in Postgres, or leave the table out with CDC_TABLES"
     if not names:
-        raise TableError(f"table {target} has no columns, which DuckDB cannot store", oid, "leave it out with CDC_TABLES")
+        raise TableError(
+            f"table {target} has no columns, which DuckDB cannot store", oid, "leave it out with CDC_TABLES"
+        )
     seen: dict[str, str] = {}
     for name in names:
         if (other := seen.setdefault(name.casefold(), name)) != name:
@@ -113,7 +115,7 @@ def _refuse(oid: int, target: str, names: Sequence[str], *, soft: bool, logged: 
             raise TableError(f"column {name} of {target} has the name of one of ours", oid, hint)
 
 
-def plan(
+def plan(  # noqa: PLR0911 -- each is one reason for a new copy
     target: str, columns: Sequence[StoredColumn], relfilenode: str, relation: Relation, live: LiveTable | None
 ) -> Plan | None:
     """Return the ALTERs from `columns` to `relation`, or None where only a new copy can make the table right.

@@ -27,7 +27,7 @@ from cdc.pgoutput.messages import Relation
 from cdc.pgoutput.rows import RelationRows
 from cdc.sink import schema
 from cdc.sink.apply import apply, insert
-from cdc.sink.checkpoint import Checkpoint, Ledger, StoredColumn, Table
+from cdc.sink.checkpoint import Checkpoint, Ledger, State, StoredColumn, Table
 from cdc.sink.history import History, HistoryFile, as_log
 from cdc.sink.schema import DELETED_AT, LiveTable
 from cdc.sink.warehouse import Warehouse, quote
@@ -73,9 +73,13 @@ class Sink:
         waiting: Callable[[WarehouseBusy, float], None],
         give_up: Callable[[], bool],
     ) -> None:
-        """Args:
-        live: the published table with this OID as the catalog has it now, None if it is gone.
-        waiting, give_up: see `Warehouse.acquire`.
+        """Create a sink that holds nothing yet; `open` it.
+
+        Args:
+            deletes: CDC_DELETES, for tables that are copied from now on.
+            live: returns the published table with an OID as the catalog has it now, None if it is gone.
+            waiting: see `Warehouse.acquire`.
+            give_up: see `Warehouse.acquire`.
         """
         self.warehouse = warehouse
         self.history = history
@@ -135,7 +139,12 @@ class Sink:
             SinkError: nothing can.
         """
         reach("before_duck_begin")
-        self._in_transaction(lambda: [self._rows(rows) for rows in decoded.rows])
+
+        def work() -> None:
+            for rows in decoded.rows:
+                self._rows(rows)
+
+        self._in_transaction(work)
 
     def commit(self, lsn: int, commit_ts: int | None, as_of: int | None = None) -> None:
         """Make everything applied durable, with the checkpoint at `lsn`; times in microseconds since 1970 UTC."""
@@ -167,7 +176,7 @@ class Sink:
         """
         table = self.ledger.tables.get(error.oid)
         if table is not None:
-            state = "resyncing" if isinstance(error, Resync) else "error"
+            state: State = "resyncing" if isinstance(error, Resync) else "error"
             self.write_tables([dataclasses.replace(table, state=state, reason=str(error))])
         return self.ledger.tables.get(error.oid)
 
@@ -365,7 +374,8 @@ class Sink:
         old = {name for (name,) in run(find, [table.schema, table.name])}
         if DELETED_AT not in old or not old >= set(key):
             return
-        new = [name for (name,) in run(find, [table.schema, _staging_name(table)]) if name in old and name != DELETED_AT]
+        shared = old - {DELETED_AT}
+        new = [name for (name,) in run(find, [table.schema, _staging_name(table)]) if name in shared]
         names = ", ".join(quote(name) for name in new)
         deleted = f"coalesce({quote(DELETED_AT)}, now())" if key else quote(DELETED_AT)
         where = (
@@ -373,7 +383,10 @@ class Sink:
             if key
             else f"{quote(DELETED_AT)} IS NOT NULL"
         )
-        run(f"INSERT INTO {staging} ({names}, {quote(DELETED_AT)}) SELECT {names}, {deleted} FROM {target} t WHERE {where}")
+        run(
+            f"INSERT INTO {staging} ({names}, {quote(DELETED_AT)}) "
+            f"SELECT {names}, {deleted} FROM {target} t WHERE {where}"
+        )
 
     @staticmethod
     def _target(table: Table) -> str:

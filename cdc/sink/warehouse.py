@@ -70,7 +70,7 @@ class Warehouse:
 
     def acquire(
         self,
-        waiting: Callable[[WarehouseBusy, float], None] = lambda busy, waited_s: None,
+        waiting: Callable[[WarehouseBusy, float], None] = lambda _busy, _waited_s: None,
         give_up: Callable[[], bool] = lambda: False,
     ) -> None:
         """Open the file, waiting for as long as somebody else holds it.
@@ -179,7 +179,9 @@ def open_for_reading(path: Path, patience_s: float) -> duckdb.DuckDBPyConnection
         WarehouseBusy: it was held for longer than `patience_s` seconds.
     """
     if not path.exists():
-        raise SinkError(f"there is no warehouse {path} yet", "`cdc run` makes it; or set CDC_WAREHOUSE to the one you mean")
+        raise SinkError(
+            f"there is no warehouse {path} yet", "`cdc run` makes it; or set CDC_WAREHOUSE to the one you mean"
+        )
     deadline = time.monotonic() + patience_s
     while True:
         try:
@@ -227,7 +229,7 @@ class ConsumerLock:
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(self.path, "a+", encoding="ascii")  # noqa: SIM115 -- open for the life of the process
+            file = self.path.open("a+", encoding="ascii")
         except OSError as error:
             raise SinkError(
                 f"{self.path.parent} cannot be written: {error.strerror}",

@@ -3,9 +3,9 @@
 State: the frames received and not handed on yet. Only the receiver's thread touches it. No socket and no server here:
 frames come from a callable, batches go to another.
 
-A batch is cut at a Commit, when it has reached its limit of rows, bytes or age, or holds a message that asks for it
-(`FENCE_PREFIX`). A transaction that alone is past the limit of rows or bytes goes out in pieces: first whatever was
-whole before it, then pieces with ``complete=False``, the last of which ends with its Commit.
+A batch is cut at a Commit: the last one within its limits of rows and bytes, the first one past its age, and that of a
+transaction that asks for it (`FENCE_PREFIX`). A transaction that alone is past the limit of rows or bytes goes out in
+pieces, once whatever was whole before it has: pieces with ``complete=False``, the last of which ends with its Commit.
 
 The kind of a message is read and nothing else, except for ``M``: one call of `Assembly.take` per socket read, one turn
 of its loop per message.
@@ -33,7 +33,7 @@ _KEEPALIVE_BYTES = 18
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Limits:
-    """Where a batch ends, at the next Commit.
+    """How large and how old a batch may become.
 
     Attributes:
         rows: change messages.

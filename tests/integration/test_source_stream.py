@@ -136,7 +136,8 @@ def test_batches_are_whole_transactions_in_order(database: Database, consume: Ca
     assert all(batch.complete and batch.frames[0][25] == ord("B") for batch in batches)
     assert all(batch.frames[-1][25] == ord("C") for batch in batches)
     assert kinds(batches).replace("R", "") == "BIIIC" * 10 + "BMC"
-    assert [kinds([b]) for b in batches] == 4
+    assert all(kinds([batch]).count("I") <= 6 for batch in batches)
+    assert len(batches) <= 6
     assert consumer.receiver.received >= commit_lsns(batches)[-1][1]
 
 

@@ -1,0 +1,270 @@
+"""A consumer in a process of its own, and the comparison of what it made with what Postgres has.
+
+Postgres is the oracle: rows are compared as multisets of Python values, as psycopg reads them from the server on one
+side, and as DuckDB's own client reads them from the warehouse, or from the replayed history, on the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import duckdb
+import psycopg
+from psycopg import sql
+
+from tests.conftest import Database, Lake
+
+__all__ = ["PROGRAM", "Consumer", "differences", "replayed", "run_cdc", "states", "until", "warehouse_rows"]
+
+PROGRAM = (sys.executable, "-c", "from cdc.cli import main; main()")
+
+# Types that both clients read as the same Python values; all others are compared as text.
+_NATIVE = (16, 17, 20, 21, 23, 25, 700, 701, 1043, 1082, 1083, 1114, 1184, 1700, 2950)
+
+
+def until(condition: Callable[[], object], timeout_s: float = 60.0, what: str = "") -> None:
+    """Return once `condition` holds; fail the test if it does not come to that."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s in vain: {what or condition}"
+        time.sleep(0.05)
+
+
+def run_cdc(
+    lake: Lake, dsn: str, *arguments: str, timeout_s: float = 100.0, **settings: str
+) -> subprocess.CompletedProcess[str]:
+    """Run one command of cdc to its end."""
+    return subprocess.run(
+        [*PROGRAM, *arguments],
+        env=lake.environment(dsn, **settings),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout_s,
+        cwd=lake.root,
+    )
+
+
+class Consumer:
+    """`cdc run` in the background. A context manager; at its end the process is gone, whatever happened.
+
+    Attributes:
+        log: file with what it printed.
+    """
+
+    def __init__(self, lake: Lake, dsn: str, *arguments: str, **settings: str) -> None:
+        self.log = lake.root / f"consumer-{time.monotonic_ns()}.log"
+        with self.log.open("wb") as out:
+            self._process = subprocess.Popen(
+                [*PROGRAM, "run", *arguments],
+                env=lake.environment(dsn, **settings),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=lake.root,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _value: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    @property
+    def pid(self) -> int:
+        """Its process ID."""
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self.log.read_text(errors="replace")
+
+    def kill(self) -> int:
+        """Kill it with SIGKILL, unless it has ended; return its exit status."""
+        if self.running:
+            self._process.kill()
+        return self._process.wait()
+
+    def stop(self, timeout_s: float = 15.0) -> int:
+        """Ask it to end by SIGTERM and return its exit status."""
+        self._process.send_signal(signal.SIGTERM)
+        return self._process.wait(timeout_s)
+
+    def wait(self, timeout_s: float = 60.0) -> int:
+        """Wait for it to end by itself and return its exit status."""
+        return self._process.wait(timeout_s)
+
+
+def open_warehouse(lake: Lake, timeout_s: float = 30.0) -> duckdb.DuckDBPyConnection:
+    """Open the warehouse for reading, as any DuckDB tool would, between the consumer's flushes."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            connection = duckdb.connect(str(lake.warehouse), read_only=True)
+        except duckdb.IOException:
+            assert time.monotonic() < deadline, "the warehouse stayed locked"
+            time.sleep(0.01)
+        else:
+            connection.execute("SET TimeZone = 'UTC'")
+            return connection
+
+
+def warehouse_rows(lake: Lake, query: str) -> list[tuple[Any, ...]]:
+    """Run `query` in the warehouse."""
+    connection = open_warehouse(lake)
+    try:
+        return connection.execute(query).fetchall()
+    finally:
+        connection.close()
+
+
+def states(lake: Lake) -> dict[str, str]:
+    """Return the state of each table by schema.name; nothing before the warehouse is there."""
+    if not lake.warehouse.exists():
+        return {}
+    try:
+        rows = warehouse_rows(lake, "SELECT schema_name || '.' || table_name, state FROM _cdc.tables")
+    except duckdb.CatalogException:
+        return {}
+    return dict(rows)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Column:
+    name: str
+    native: bool
+
+
+def _columns(connection: psycopg.Connection[Any], schema: str, name: str) -> list[_Column]:
+    """Return the columns that are published: all but generated ones, in order."""
+    rows = connection.execute(
+        "SELECT a.attname, a.atttypid::int8, a.atttypmod FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid "
+        "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s AND a.attnum > 0 "
+        "AND NOT a.attisdropped AND a.attgenerated = '' ORDER BY a.attnum",
+        [schema, name],
+    ).fetchall()
+    return [_Column(n, t in _NATIVE and not (t == 1700 and m < 0)) for n, t, m in rows]
+
+
+def _plain(row: Sequence[Any]) -> tuple[Any, ...]:
+    # repr tells -0.0 from 0.0 and makes NaN equal to itself
+    return tuple(repr(v) if isinstance(v, float) else bytes(v) if isinstance(v, memoryview) else v for v in row)
+
+
+def source_rows(database: Database, table: str, where: str = "true") -> Counter[tuple[Any, ...]]:
+    """Return a table's rows as Postgres has them."""
+    schema, name = table.split(".", 1)
+    with psycopg.connect(database.dsn, options="-c timezone=UTC -c extra_float_digits=3") as connection:
+        columns = _columns(connection, schema, name)
+        picks = [sql.SQL("{}" if c.native else "{}::text").format(sql.Identifier(c.name)) for c in columns]
+        query = sql.SQL("SELECT {} FROM {} WHERE {}").format(
+            sql.SQL(", ").join(picks),
+            sql.Identifier(schema, name),
+            sql.SQL(where),  # type: ignore[arg-type]
+        )
+        return Counter(map(_plain, connection.execute(query, binary=False)))
+
+
+def _picks(database: Database, table: str) -> str:
+    schema, name = table.split(".", 1)
+    with psycopg.connect(database.dsn) as connection:
+        columns = _columns(connection, schema, name)
+    return ", ".join(_quote(c.name) if c.native else f"CAST({_quote(c.name)} AS VARCHAR)" for c in columns)
+
+
+def _quote(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def mirrored_rows(database: Database, lake: Lake, table: str, where: str = "true") -> Counter[tuple[Any, ...]]:
+    """Return a table's rows as the warehouse has them, with the columns that Postgres has now."""
+    schema, name = table.split(".", 1)
+    query = f"SELECT {_picks(database, table)} FROM {_quote(schema)}.{_quote(name)} WHERE {where}"
+    return Counter(map(_plain, warehouse_rows(lake, query)))
+
+
+def replayed(database: Database, lake: Lake, table: str, key: Sequence[str]) -> Counter[tuple[Any, ...]]:
+    """Return a table's rows as the history tells them: the newest copy, then every change in the order of (LSN, seq).
+
+    Args:
+        key: columns of the replica identity; none: the table has no key, and each D takes one equal row.
+    """
+    schema, name = table.split(".", 1)
+    folder = lake.history / schema / name
+    log = f"read_parquet('{folder}/*.parquet', union_by_name = true)"
+    picks = _picks(database, table)
+    connection = duckdb.connect()
+    connection.execute("SET TimeZone = 'UTC'")
+    (copy_lsn,) = connection.execute(f"SELECT max(_lsn) FROM {log} WHERE _op = 'T' AND _seq < 0").fetchall()[0]
+    assert copy_lsn is not None, f"the history of {table} begins with no copy"
+    doubles = connection.execute(f"SELECT _lsn, _seq FROM {log} GROUP BY ALL HAVING count(*) > 1").fetchall()
+    assert not doubles, f"the history of {table} has changes twice: {doubles[:5]}"
+    rows = connection.execute(
+        f"SELECT _op, [{', '.join(f'CAST({_quote(k)} AS VARCHAR)' for k in key)}], {picks} FROM {log} "
+        f"WHERE (_lsn = {copy_lsn} AND _seq < 0) OR (_lsn >= {copy_lsn} AND _seq > 0) ORDER BY _lsn, _seq"
+    ).fetchall()
+    connection.close()
+    return _replay(rows, keyed=bool(key))
+
+
+def _replay(rows: Iterator[Any] | Sequence[Any], *, keyed: bool) -> Counter[tuple[Any, ...]]:
+    by_key: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+    bag: Counter[tuple[Any, ...]] = Counter()
+    for op, key, *values in rows:
+        row = _plain(values)
+        if op == "T":
+            by_key.clear()
+            bag.clear()
+        elif not keyed:
+            bag[row] += -1 if op == "D" else 1
+        elif op == "D":
+            by_key.pop(tuple(key), None)
+        else:
+            by_key[tuple(key)] = row
+    return Counter(by_key.values()) if keyed else +bag
+
+
+def differences(database: Database, lake: Lake, table: str, key: Sequence[str] | None = None) -> str:
+    """Return how Postgres, the warehouse and (with `key`) the replayed history differ; '' if they do not."""
+    source = source_rows(database, table)
+    found = []
+    sides = {"warehouse": mirrored_rows(database, lake, table)}
+    if key is not None:
+        sides["history"] = replayed(database, lake, table, key)
+    for side, rows in sides.items():
+        missing, surplus = source - rows, rows - source
+        if missing or surplus:
+            found.append(
+                f"{side} of {table}: {missing.total()} rows missing, {surplus.total()} too many; "
+                f"missing {list(missing)[:3]}, too many {list(surplus)[:3]}"
+            )
+    return "\n".join(found)
+
+
+def status(lake: Lake, dsn: str, **settings: str) -> Any:
+    """Return `cdc status --json`."""
+    done = run_cdc(lake, dsn, "status", "--json", **settings)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def history_files(lake: Lake) -> list[Path]:
+    """Return every file below the history."""
+    return [path for path in lake.history.rglob("*") if path.is_file()]
