@@ -83,12 +83,12 @@ class Copier:
         settings: Settings,
         publications: Sequence[str],
         history: History,
-        waiting: Callable[[str, list[Blocker], float], None],
+        waiting: Callable[[list[Blocker], float, str], None],
     ) -> None:
         """Create one that does nothing yet.
 
         Args:
-            waiting: told which table's copy waits for whom, and for how many seconds by now.
+            waiting: told for whom a copy waits, for how many seconds by now, and of which table it is.
         """
         self.items: queue.Queue[CopyItem] = queue.Queue(maxsize=2)
         self._settings = settings
@@ -115,7 +115,7 @@ class Copier:
         """End the copy in hand within a second or two; what it has written is removed."""
         self._stopping.set()
         if self._thread is not None:
-            self._thread.join(5.0)
+            self._thread.join(2.0)
             self._thread = None
         with contextlib.suppress(queue.Empty):
             while True:
@@ -154,7 +154,7 @@ class Copier:
                     limits,
                     started=lambda snapshot: self._put(CopyBegun(oid, snapshot, _columns(snapshot))),
                     rows=self._chunk,
-                    waiting=lambda blockers, waited_s: self._waiting(name, blockers, waited_s),
+                    waiting=lambda blockers, waited_s: self._waiting(blockers, waited_s, name),
                     stopping=self._stopping.is_set,
                 )
                 # A commit of our own behind L: on an idle server the stream would not soon go past L.

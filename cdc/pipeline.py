@@ -13,6 +13,7 @@ not durable. A broken connection is made anew from the checkpoint, with a decode
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import queue
 import threading
 import time
@@ -32,13 +33,13 @@ from cdc.settings import Settings
 from cdc.sink.checkpoint import Table
 from cdc.sink.history import History
 from cdc.sink.schema import LiveColumn, LiveTable
-from cdc.sink.sink import CopiedChunk, Sink
+from cdc.sink.sink import CopiedChunk, Resync, Sink
 from cdc.sink.warehouse import ConsumerLock, Warehouse
 from cdc.source import catalog, fence
 from cdc.source.catalog import PublishedTable
 from cdc.source.connection import connect
 from cdc.source.slot import Blocker
-from cdc.source.stream import Idle, Item, Limits, Receiver, StreamEnded
+from cdc.source.stream import NEVER, Idle, Item, Limits, Receiver, StreamEnded
 from cdc.source.watcher import Watcher
 from cdc.startup import prepare, reconcile
 
@@ -66,6 +67,16 @@ class Observer(Protocol):
 
     def copied(self, table: str, rows: int) -> None:
         """A copy is complete and streams from here on."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Progress:
+    """How far the copy in hand has come; sizes in bytes, `total_bytes` that of the table in Postgres, an estimate."""
+
+    table: str
+    total_bytes: int
+    rows: int = 0
+    bytes: int = 0
 
 
 class Stopped(Exception):
@@ -101,7 +112,7 @@ class Pipeline:
         self._decoder = Decoder(0)
         # Of the copy in hand: what has been copied and waits for the checkpoint to reach its LSN.
         self._copied: Copied | None = None
-        self._copied_bytes = 0
+        self._progress = _Progress("", 0)
 
     # From outside
 
@@ -141,7 +152,7 @@ class Pipeline:
 
     def _run(self, *, once: bool, fresh: bool) -> None:
         with self._interruption():
-            self._publications = prepare(self._settings, self._sink, fresh=fresh)
+            self._publications = prepare(self._settings, self._sink, self._waiting_for_slot, fresh=fresh)
         copier = Copier(self._settings, self._publications, self._history, self._waiting_for_slot)
         watcher = Watcher(self._settings.dsn, self._settings.publication, self._settings.tables)
         wanted: bytes | None = None
@@ -160,6 +171,7 @@ class Pipeline:
                 watcher.start()
             while not (once and wanted is None and not self._copying(copier)):
                 if self._stopping:
+                    copier.stop()
                     self._drain()
                     break
                 item = self._next(copier)
@@ -168,7 +180,7 @@ class Pipeline:
                 if not self._warehouse.in_transaction:
                     self._reconcile(watcher.latest())
                     self._copies(copier)
-                if self._inbox.empty() and not copier.busy:
+                if self._inbox.empty() and not copier.busy and not _backlogged(item):
                     self._sink.release()
         finally:
             watcher.stop()
@@ -214,6 +226,10 @@ class Pipeline:
                 else:  # only what was durable already
                     self._sink.rollback()
                 break
+            except ConnectionLost as error:  # the catalog was needed, to follow DDL
+                self._observer.event("connection lost", reason=str(error))
+                self._connect()
+                return set()
             except TableError as error:
                 self._set_aside(error)
                 if continues:  # what came before in this transaction is lost with it
@@ -279,7 +295,7 @@ class Pipeline:
     def _disconnect(self) -> None:
         if self._receiver is not None:
             self._receiver.stop()
-            self._receiver.join(5.0)
+            self._receiver.join(2.0)
             self._receiver = None
 
     # Tables and copies
@@ -320,7 +336,6 @@ class Pipeline:
         if self._copied is None and not copier.busy and (table := self._waiting_table()) is not None:
             self._acquire()
             self._sink.begin_copy(table.oid)
-            self._copied_bytes = 0
             copier.start(table.oid, str(table))
             self._observer.event("copy", table=str(table))
 
@@ -328,10 +343,13 @@ class Pipeline:
         match item:
             case CopyBegun():
                 self._sink.begin_rows(item.oid, item.columns)
-                self._copied_bytes = 0
+                self._progress = _Progress(str(item.snapshot.published), item.snapshot.estimate_bytes)
             case CopiedChunk():
                 self._sink.stage(item)
-                self._copied_bytes += item.rows.nbytes
+                self._progress.rows += item.rows.num_rows
+                self._progress.bytes += item.rows.nbytes
+                done = self._progress
+                self._observer.progress(done.table, done.rows, done.bytes, done.total_bytes)
             case Copied():
                 self._copied = item
                 if self._receiver is not None:
@@ -342,11 +360,15 @@ class Pipeline:
     def _swap(self, copied: Copied) -> None:
         self._acquire()
         self._copied = None
+        if self._receiver is not None:
+            self._receiver.wanted = NEVER
         snapshot = copied.snapshot
         try:
             self._sink.swap(
                 copied.oid, snapshot.lsn, _storage(snapshot.definition), copied.columns, copied.key, copied.files
             )
+        except ConnectionLost as error:  # the catalog was needed, to follow DDL
+            self._set_aside(Resync(f"the copy of {snapshot.published} begins again: {error}", copied.oid))
         except TableError as error:
             self._set_aside(error)
         else:
@@ -388,12 +410,12 @@ class Pipeline:
                 "waiting for the warehouse", reason=str(busy), waited_s=round(waited_s), hint=busy.hint
             )
 
-    def _waiting_for_slot(self, table: str, blockers: list[Blocker], waited_s: float) -> None:
+    def _waiting_for_slot(self, blockers: list[Blocker], waited_s: float, table: str = "") -> None:
         if time.monotonic() - self._warned_at >= _BUSY_WARNING_S:
             self._warned_at = time.monotonic()
             who = "; ".join(f"pid {b.pid}, {b.age_s:.0f} s old: {b.description}" for b in blockers[:3])
             self._observer.event(
-                "copy waits for running transactions to end", table=table, waited_s=round(waited_s), transactions=who
+                "waiting for running transactions to end", table=table, waited_s=round(waited_s), transactions=who
             )
 
     @contextlib.contextmanager
@@ -406,6 +428,11 @@ class Pipeline:
             yield
         finally:
             self._interruptible = False
+
+
+def _backlogged(item: Item | None) -> bool:
+    """Whether the next batch is likely on its way: to close the warehouse now would cost more than it gives."""
+    return isinstance(item, WireBatch) and item.full
 
 
 def _storage(definition: catalog.TableDefinition) -> str:

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+from psycopg.pq.abc import PGconn
 
 from cdc.errors import SettingsError, SinkError, SourceError, StateError
 from cdc.failpoints import reach
@@ -28,13 +30,20 @@ from cdc.source import catalog, preflight, publication, slot
 from cdc.source.catalog import PublishedTable
 from cdc.source.connection import Connection, connect, connect_replication
 from cdc.source.preflight import Expected
-from cdc.source.slot import Slot, System
+from cdc.source.slot import Blocker, Slot, System
+from cdc.source.snapshot import WAIT_S
 
 __all__ = ["prepare", "reconcile"]
 
 
-def prepare(settings: Settings, sink: Sink, *, fresh: bool) -> tuple[str, ...]:
+def prepare(
+    settings: Settings, sink: Sink, waiting: Callable[[list[Blocker], float], None], *, fresh: bool
+) -> tuple[str, ...]:
     """Bring everything to where streaming can begin at the sink's position; return the publications.
+
+    Args:
+        waiting: told whose transactions keep the slot from being made, and for how many seconds by now.
+        fresh: take the slot over and copy everything anew.
 
     Raises:
         SourceError: Postgres is not as it must be.
@@ -56,12 +65,12 @@ def prepare(settings: Settings, sink: Sink, *, fresh: bool) -> tuple[str, ...]:
             if checkpoint is None:
                 _refuse_leftovers(settings, found)
                 _write_intent(settings, sink, system)
-                _make_slot(settings, sink, replication)
+                _make_slot(settings, sink, connection, replication, waiting)
             elif checkpoint.lsn is None:
                 _check_source(settings, checkpoint, system)
                 if found is not None:
                     slot.drop(connection, settings.slot)
-                _make_slot(settings, sink, replication)
+                _make_slot(settings, sink, connection, replication, waiting)
             else:
                 _check_source(settings, checkpoint, system)
                 _check_slot(settings, checkpoint.lsn, found)
@@ -147,8 +156,20 @@ def _write_intent(settings: Settings, sink: Sink, system: System, tables: Sequen
     reach("after_intent")
 
 
-def _make_slot(settings: Settings, sink: Sink, replication) -> None:  # type: ignore[no-untyped-def]
-    lsn = slot.create(replication, settings.slot)
+def _make_slot(
+    settings: Settings,
+    sink: Sink,
+    connection: Connection,
+    replication: PGconn,
+    waiting: Callable[[list[Blocker], float], None],
+) -> None:
+    def look(waited_s: float) -> None:
+        if waited_s >= WAIT_S:
+            waiting(slot.blockers(connection), waited_s)
+
+    sink.release()  # it may take as long as the longest transaction in the server
+    lsn = slot.create(replication, settings.slot, look)
+    sink.acquire()
     reach("after_slot_create")
     sink.commit(lsn, None)
 

@@ -128,11 +128,12 @@ def _slice(rows: RelationRows, kind: npt.NDArray[np.uint8]) -> tuple[Mask | None
     buffer, n_columns = rows.buffer, len(rows.relation.columns)
     with_tuple = kind != _TRUNCATE
     everywhere = bool(with_tuple.all())
-    start, end = (rows.start, rows.end) if everywhere else (rows.start[with_tuple], rows.end[with_tuple])
-    tag = _check_tags(buffer, start, end, kind if everywhere else kind[with_tuple])
+    start, end = rows.start, rows.end
+    if not everywhere:
+        start, end, kind = start[with_tuple], end[with_tuple], kind[with_tuple]
+    tag = _check_tags(buffer, start, end, kind)
     first = slice_tuples(buffer, start + _TAG_OFFSET + 1, end, n_columns)
-    split = tag != _NEW
-    split &= (kind if everywhere else kind[with_tuple]) == _UPDATE
+    split = (kind == _UPDATE) & (tag != _NEW)
     if not split.any():
         _demand_end(first.end, end)
         return None, first if everywhere else _scatter(first, np.flatnonzero(with_tuple), len(rows))

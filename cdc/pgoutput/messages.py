@@ -58,10 +58,12 @@ class WireBatch:
         frames: whole frames, header included, in stream order; begins at a Begin, or within the transaction that
             the previous batch left open.
         complete: whether the last frame is a Commit. If not, the transaction goes on in the next batch.
+        full: whether it was cut for its size: the next one is likely on its way.
     """
 
     frames: list[bytes]
     complete: bool
+    full: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -37,6 +37,8 @@ __all__ = ["COPY_SEQ", "CopiedChunk", "Resync", "Sink"]
 COPY_SEQ = -(1 << 59)
 """_seq of a copy's T row; its S rows follow from COPY_SEQ + 1 on, all negative."""
 
+_STAGING = "_cdc_copy_"
+
 T = TypeVar("T")
 
 
@@ -97,6 +99,7 @@ class Sink:
         self.acquire()
         self.ledger.load()
         if self.ledger.checkpoint is not None:
+            self._alone(self._forget_copies)
             self.history.recover(self.ledger.known_paths())
         return self.ledger.checkpoint
 
@@ -351,6 +354,14 @@ class Sink:
             if other.oid != table.oid and (other.schema, other.name) == (table.schema, table.name):
                 self.ledger.forget(other.oid)
 
+    def _forget_copies(self) -> None:
+        """After a start: no copy is under way, so what a crash left of one is of no use."""
+        find = "SELECT schema_name, table_name FROM duckdb_tables() WHERE starts_with(table_name, ?)"
+        for schema_name, table_name in self.warehouse.execute(find, [_STAGING]):
+            self.warehouse.execute(f"DROP TABLE {quote(schema_name, table_name)}")
+        self.warehouse.execute("DELETE FROM _cdc.buffer")
+        self.warehouse.execute("DELETE FROM _cdc.quarantine WHERE lsn = 0")
+
     def _refuse_namesake(self, table: Table) -> None:
         """DuckDB ignores case: two tables whose names differ in nothing else cannot both be here."""
         for other in self.ledger.tables.values():
@@ -420,7 +431,7 @@ class Sink:
 
 
 def _staging_name(table: Table) -> str:
-    return f"_cdc_copy_{table.oid}"
+    return f"{_STAGING}{table.oid}"
 
 
 def _truncation(lsn: int, columns: Sequence[StoredColumn]) -> pa.Table:

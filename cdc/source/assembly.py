@@ -26,6 +26,7 @@ FENCE_PREFIX = b"cdc"
 """A transactional message with this prefix ends its batch at its transaction's Commit."""
 
 _BEGIN, _COMMIT, _MESSAGE = b"BCM"
+_NO_CHANGES = b"BCMOR"
 _KIND = FRAME_HEADER_BYTES
 _PREFIX = _KIND + 1 + 1 + 8
 _KEEPALIVE_BYTES = 18
@@ -118,8 +119,8 @@ class Assembly:
                 size += n
                 rows_left -= 1
                 kind = frame[25]
-                # B and C are below 68, M is 77: no change message is.
-                if kind == 77 or kind < 68 or size >= max_bytes or rows_left <= 0:
+                # B, C, M, O and R, of which no change message is one.
+                if kind < 68 or 77 <= kind <= 82 or size > max_bytes or rows_left < 0:
                     break
             self._size = size
             self._rows_left = rows_left
@@ -138,26 +139,28 @@ class Assembly:
         if not self._whole:
             return
         batch, rest = self._frames[: self._whole], self._frames[self._whole :]
+        full = self.open or self._whole_size >= self._limits.bytes or self._whole_rows_left <= 0
         self._begin(rest, self._size - self._whole_size, self._whole_rows_left - self._rows_left)
-        self._put(WireBatch(batch, complete=True))
+        self._put(WireBatch(batch, complete=True, full=full))
 
     def _special(self, kind: int, frame: bytes) -> None:
         """Follow a Begin, Commit or Message, or a frame that reaches a limit."""
-        if kind == _COMMIT:
+        if kind in _NO_CHANGES:
             self._rows_left += 1
+        if kind == _COMMIT:
             self.open = False
             self._mark()
-            if self._fence or self._over() or time.monotonic() - self._born >= self._limits.age_s:
+            full = self._size >= self._limits.bytes or self._rows_left <= 0
+            if full or self._fence or time.monotonic() - self._born >= self._limits.age_s:
                 self.cut()
             return
         if kind == _BEGIN:
-            self._rows_left += 1
             self.open = True
         elif kind == _MESSAGE:
             self._message(frame)
         if len(self._frames) == 1:
             self._born = time.monotonic()
-        if self._over():
+        if self._size > self._limits.bytes or self._rows_left < 0:
             self._overflow()
 
     def _message(self, frame: bytes) -> None:
@@ -173,9 +176,6 @@ class Assembly:
         self._whole = len(self._frames)
         self._whole_size = self._size
         self._whole_rows_left = self._rows_left
-
-    def _over(self) -> bool:
-        return self._size >= self._limits.bytes or self._rows_left <= 0
 
     def _overflow(self) -> None:
         """Make room within a transaction: hand on what is whole before it, or else a piece of it."""

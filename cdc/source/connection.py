@@ -142,7 +142,7 @@ def execute(
 
 
 def run_command(pgconn: abc.PGconn, command: str, waiting: Callable[[float], None] | None = None) -> abc.PGresult:
-    """Run `command` and return its last result, or the first that failed; other threads run meanwhile.
+    """Run `command` and return its last result; other threads run meanwhile.
 
     Raises:
         ConnectionLost: the connection broke.
@@ -155,18 +155,20 @@ def run_command(pgconn: abc.PGconn, command: str, waiting: Callable[[float], Non
         while pgconn.flush():
             _ready(pgconn.socket, True, 1.0)
         last: abc.PGresult | None = None
+        # To the end, also after an error: only then does the session take another command.
         while True:
             _wait_result(pgconn, started, waiting)
             result = pgconn.get_result()
             if result is None:
                 break
-            if result.status == pq.ExecStatus.FATAL_ERROR:
-                raise result_error(result, pgconn, what)
-            last = result
+            if last is None or last.status != pq.ExecStatus.FATAL_ERROR:
+                last = result
             if result.status == pq.ExecStatus.COPY_BOTH:
                 break
     except psycopg.Error as error:
         raise connection_broke(what, error) from None
+    if last is not None and last.status == pq.ExecStatus.FATAL_ERROR:
+        raise result_error(last, pgconn, what)
     if last is None:
         raise ConnectionLost(f"{what}: the server closed the connection", "the server went away or restarts; try again")
     return last

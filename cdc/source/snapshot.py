@@ -215,6 +215,9 @@ def _copy(
 
     def work(session: Connection) -> None:
         try:
+            if session.info.parameter_status("server_encoding") == "SQL_ASCII":
+                # As in the stream: the text comes as it is stored, or the server would stop at what is no UTF-8.
+                session.execute("SET client_encoding = 'SQL_ASCII'")
             while not failures:
                 try:
                     statement = ranges.get_nowait()

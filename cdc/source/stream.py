@@ -25,33 +25,27 @@ import psycopg
 from psycopg import pq
 from psycopg.pq import abc
 
-from cdc.errors import CdcError, ConnectionLost, SourceError, StateError
+from cdc.errors import CdcError, SourceError, StateError
 from cdc.lsn import format_lsn
 from cdc.pgoutput.messages import POSTGRES_EPOCH_US, WireBatch
 from cdc.source.assembly import Assembly, Limits
 from cdc.source.connection import connect_replication, execute, run_command
 from cdc.source.failures import connection_broke, end_error, publication_error, start_error
+from cdc.source.feedback import Feedback
 
 __all__ = ["NEVER", "Idle", "Item", "Limits", "Receiver", "StreamEnded"]
 
 NEVER = 2**64 - 1
 """A position that the server never reaches."""
 
-SILENCE_S = 60.0
-"""After so long without a word from the server (or wal_sender_timeout, if longer) it is asked for one."""
-
 _IDLE_S = 10.0
-_FEEDBACK_S = 10.0
 _TURN_S = 1.0
-# Between two replies that say the same: a server that shuts down asks again as soon as it is answered.
-_REPLY_S = 0.1
 _PUT_S = 0.2
 # Messages come one by one from a walsender that is slower than we are: to let a few gather costs it and us less.
 _GATHER_S = 0.002
 # Reads between two looks at the clock.
-_READS = 64
+_READS = 256
 
-_FEEDBACK = struct.Struct(">cQQQqB")
 _KEEPALIVE = struct.Struct(">cQqB")
 
 
@@ -116,12 +110,9 @@ class Receiver(threading.Thread):
         self._stopping = False
         self._draining = False
         self._fault: StateError | None = None
-        self._wake_out, self._wake_in = socket.socketpair()
-        self._wake_out.setblocking(False)
-        self._wake_in.setblocking(False)
+        self._wake_sockets: tuple[socket.socket, socket.socket] | None = None
 
-        self._lock = threading.Lock()
-        self._confirmed = start_lsn
+        self._feedback = Feedback(start_lsn)
         self._wanted = NEVER
 
         self._start_lsn = start_lsn
@@ -132,13 +123,6 @@ class Receiver(threading.Thread):
         self._idle = Idle(0, 0)
         self._held = Idle(0, 0)
         self._idle_at = -_IDLE_S
-
-        self._sender_timeout_s = 0.0
-        self._sent_lsn = 0
-        self._sent_at = 0.0
-        self._reply_wanted = False
-        self._heard_at = 0.0
-        self._asked_at: float | None = None
 
     # What other threads may call.
 
@@ -159,11 +143,8 @@ class Receiver(threading.Thread):
 
     def confirm(self, lsn: int) -> None:
         """Tell the server, at once, that everything before `lsn` is durable. A lower position changes nothing."""
-        with self._lock:
-            if lsn <= self._confirmed:
-                return
-            self._confirmed = lsn
-        self._wake()
+        if self._feedback.confirm(lsn):
+            self._wake()
 
     def drain(self) -> None:
         """End the reading: put what is whole, then a `StreamEnded` without error; go on confirming until `stop`."""
@@ -188,7 +169,7 @@ class Receiver(threading.Thread):
         pgconn = connect_replication(self._dsn)
         try:
             rows = execute(pgconn, "SELECT setting FROM pg_settings WHERE name = 'wal_sender_timeout'")
-            self._sender_timeout_s = int(rows[0]["setting"] or 0) / 1000
+            self._feedback.sender_timeout_s = int(rows[0]["setting"] or 0) / 1000
             pgconn.notice_handler = self._on_notice
             run_command(pgconn, self._start_command())
             pgconn.nonblocking = 1
@@ -199,6 +180,9 @@ class Receiver(threading.Thread):
             pgconn.finish()
             raise
         self._pgconn = pgconn
+        self._wake_sockets = socket.socketpair()
+        for each in self._wake_sockets:
+            each.setblocking(False)
 
     # The thread.
 
@@ -223,39 +207,38 @@ class Receiver(threading.Thread):
 
     def _receive(self) -> None:
         pgconn = self._pgconn
-        if pgconn is None:
+        if pgconn is None or self._wake_sockets is None:
             raise SourceError("the receiver is not connected", "call connect() before start()")
-        self._heard_at = time.monotonic()
-        self._feedback(self._heard_at)
+        self._feedback.heard()
+        self._feedback.send(pgconn, time.monotonic())
         with selectors.DefaultSelector() as selector:
             selector.register(pgconn.socket, selectors.EVENT_READ, True)
-            selector.register(self._wake_in, selectors.EVENT_READ, False)
+            selector.register(self._wake_sockets[0], selectors.EVENT_READ, False)
             while not self._stopping and not self._draining:
                 dry = self._read(pgconn)
                 wait_s = self._turn(pgconn)
                 for key, _ in selector.select(wait_s if dry else 0):
                     if key.data:
-                        self._heard()
-                        time.sleep(_GATHER_S)
+                        self._feedback.heard()
+                        if dry:
+                            time.sleep(_GATHER_S)
                     else:
-                        self._wake_in.recv(4096)
+                        self._wake_sockets[0].recv(4096)
         if not self._stopping:
-            self._linger()
-        if self._confirmed > self._sent_lsn:
-            self._feedback(time.monotonic())
+            self._linger(pgconn, self._wake_sockets[0])
+        if self._feedback.pending:
+            self._feedback.send(pgconn, time.monotonic())
 
-    def _linger(self) -> None:
+    def _linger(self, pgconn: abc.PGconn, wake: socket.socket) -> None:
         """After `drain`: hand over what is whole and confirm it when told so, without reading any more."""
         self._assembly.cut()
-        self._put_last(StreamEnded(None))
+        self._offer(StreamEnded(None))
         with selectors.DefaultSelector() as selector:
-            selector.register(self._wake_in, selectors.EVENT_READ)
+            selector.register(wake, selectors.EVENT_READ)
             while not self._stopping:
-                now = time.monotonic()
-                if self._feedback_due(now) <= 0:
-                    self._feedback(now)
-                if selector.select(max(0.0, min(_TURN_S, self._feedback_due(now)))):
-                    self._wake_in.recv(4096)
+                self._feedback.send_if_due(pgconn)
+                if selector.select(max(0.0, min(_TURN_S, self._feedback.due(time.monotonic())))):
+                    wake.recv(4096)
 
     def _read(self, pgconn: abc.PGconn) -> bool:
         """Read and take what has come; whether that was all.
@@ -280,18 +263,16 @@ class Receiver(threading.Thread):
         frame = self._assembly.last_frame
         if frame is not None:
             self._see(int.from_bytes(frame[9:17], "big"))
-        urgent = self._wanted <= self._held.lsn or self._reply_wanted
+        urgent = self._wanted <= self._held.lsn or self._feedback.reply_wanted
         left = self._assembly.age_left(now)
         if left is not None and (urgent or left <= 0):
             self._assembly.cut()
             left = None
         self._put_idle(now, urgent)
-        due = self._feedback_due(now)
-        if due <= 0:
-            self._feedback(now)
-        self._check_silence(now)
+        self._feedback.send_if_due(pgconn)
+        self._feedback.check_silence(pgconn, now)
         pgconn.flush()
-        return max(0.0, min(_TURN_S, self._feedback_due(now), _TURN_S if left is None else left))
+        return max(0.0, min(_TURN_S, self._feedback.due(now), _TURN_S if left is None else left))
 
     # Towards the inbox.
 
@@ -304,18 +285,8 @@ class Receiver(threading.Thread):
         """
         if self._fault is not None:
             raise self._fault
-        while not self._stopping:
-            try:
-                self._inbox.put(item, timeout=_PUT_S)
-            except queue.Full:
-                now = time.monotonic()
-                if self._feedback_due(now) <= 0:
-                    self._feedback(now)
-            else:
-                break
-        else:
-            raise _Stopped
-        self._heard_at = time.monotonic()
+        self._offer(item)
+        self._feedback.heard()
         if isinstance(item, Idle):
             self._put_lsn = item.lsn
         elif item.complete:
@@ -324,6 +295,18 @@ class Receiver(threading.Thread):
             self._idle = self._held
             self._see(self._put_lsn)
 
+    def _offer(self, item: Item) -> None:
+        """Wait for room in the inbox; feedback goes on meanwhile."""
+        while not self._stopping:
+            try:
+                self._inbox.put(item, timeout=_PUT_S)
+            except queue.Full:
+                if self._pgconn is not None:
+                    self._feedback.send_if_due(self._pgconn)
+            else:
+                return
+        raise _Stopped
+
     def _put_idle(self, now: float, urgent: bool) -> None:
         idle = self._idle
         if idle.lsn > self._put_lsn and (urgent or self._wanted <= idle.lsn or now - self._idle_at >= _IDLE_S):
@@ -331,6 +314,7 @@ class Receiver(threading.Thread):
             self._put(idle)
 
     def _put_last(self, item: StreamEnded) -> None:
+        """Wait for room in the inbox, with the connection closed."""
         while not self._stopping:
             try:
                 self._inbox.put(item, timeout=_PUT_S)
@@ -343,7 +327,7 @@ class Receiver(threading.Thread):
     def _on_keepalive(self, message: memoryview) -> None:
         _, wal_end, sent_us, reply = _KEEPALIVE.unpack(message)
         self._see(wal_end)
-        self._reply_wanted |= bool(reply)
+        self._feedback.reply_wanted |= bool(reply)
         # Within a transaction it says nothing about what we have seen whole.
         if not self._assembly.open:
             self._held = Idle(wal_end, sent_us + POSTGRES_EPOCH_US)
@@ -362,51 +346,11 @@ class Receiver(threading.Thread):
     def _see(self, lsn: int) -> None:
         self._received = max(self._received, lsn)
 
-    def _heard(self) -> None:
-        self._heard_at = time.monotonic()
-        self._asked_at = None
-
-    def _check_silence(self, now: float) -> None:
-        """Ask a silent server for a word.
-
-        Raises:
-            ConnectionLost: it was asked, and gave none.
-        """
-        silence = max(SILENCE_S, self._sender_timeout_s)
-        if now - self._heard_at <= silence:
-            return
-        if self._asked_at is None:
-            self._asked_at = now
-            self._feedback(now, ask=True)
-        elif now - self._asked_at > silence:
-            raise ConnectionLost(
-                f"replication stream: the server has been silent for {now - self._heard_at:.0f} s",
-                "check the network in between; the consumer tries again and loses nothing",
-            )
-
-    def _feedback_due(self, now: float) -> float:
-        """Return the seconds until feedback has to be sent."""
-        since = now - self._sent_at
-        if self._confirmed > self._sent_lsn:
-            return 0.0
-        if self._reply_wanted:
-            return _REPLY_S - since
-        return (min(_FEEDBACK_S, self._sender_timeout_s / 4) if self._sender_timeout_s else _FEEDBACK_S) - since
-
-    def _feedback(self, now: float, ask: bool = False) -> None:
-        """Send a standby status update."""
-        assert self._pgconn is not None
-        lsn = self._confirmed
-        sent_us = time.time_ns() // 1000 - POSTGRES_EPOCH_US
-        self._pgconn.put_copy_data(_FEEDBACK.pack(b"r", lsn, lsn, lsn, sent_us, ask))
-        self._pgconn.flush()
-        self._sent_lsn = lsn
-        self._sent_at = now
-        self._reply_wanted = False
-
     def _wake(self) -> None:
+        if self._wake_sockets is None:
+            return
         try:
-            self._wake_out.send(b"\0")
+            self._wake_sockets[1].send(b"\0")
         except OSError:
             # Full: it will wake anyway. Closed: nobody is left to wake.
             return
@@ -414,8 +358,8 @@ class Receiver(threading.Thread):
     def _close(self) -> None:
         if self._pgconn is not None:
             self._pgconn.finish()
-        self._wake_out.close()
-        self._wake_in.close()
+        for each in self._wake_sockets or ():
+            each.close()
 
     def _start_command(self) -> str:
         names = ",".join('"' + name.replace('"', '""') + '"' for name in self._publications).replace("'", "''")

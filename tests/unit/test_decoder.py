@@ -197,6 +197,16 @@ def test_equal_relation_changes_nothing() -> None:
     assert [len(rows) for rows in decoded.rows] == [2]
 
 
+def test_relation_that_differs_in_bytes_only_changes_nothing() -> None:
+    """A column flag that has no meaning yet."""
+    plain = wire.relation(T)
+    flagged = plain.replace(b"\1c0\0", b"\3c0\0")
+    assert flagged != plain
+    stream = (plain, wire.insert(OID, "1", "a"), flagged, wire.insert(OID, "2", "b"))
+    decoded = decode(wire.begin(1), *stream, wire.commit(1))
+    assert [len(rows) for rows in decoded.rows] == [2]
+
+
 def test_changed_relation_begins_a_version() -> None:
     """H2: ALTER within a transaction; and back again is a third version."""
     wider = wire.table(types="itt")
@@ -448,6 +458,7 @@ def _change(kind: bytes, rest: bytes) -> bytes:
 MALFORMED_CHANGES: dict[str, bytes] = {
     "one column too few": wire.insert(OID, "1"),
     "one column too many": wire.insert(OID, "1", "a", "b"),
+    "another column count": wire.insert(OID, "1", "a").replace(b"N\0\2", b"N\0\3"),
     "left over": wire.insert(OID, "1", "a") + b"n",
     "left over NULL": wire.update(OID, "1", None) + b"\0",
     "cut in a value": wire.insert(OID, "1", "abc")[:-1],

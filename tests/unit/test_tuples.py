@@ -88,3 +88,17 @@ def test_error_names_the_first_bad_value() -> None:
     with pytest.raises(ProtocolError, match="kind n, u or t") as error:
         slice_tuples(buffer, start, start + len(good), 2)
     assert error.value.offset == len(good) + 2 + 6
+
+
+@pytest.mark.parametrize("n_columns", [0, 1, 2])
+def test_least_padding(n_columns: int) -> None:
+    """16 bytes behind the last message are enough, also for finding that it was cut short."""
+    for whole in (wire.values(*["12"] * n_columns), wire.values(*[None] * n_columns)):
+        for length in range(len(whole) + 1):
+            buffer = np.frombuffer(whole[:length] + bytes(16), np.uint8)
+            bounds = np.array([0]), np.array([length])
+            if length == len(whole):
+                assert slice_tuples(buffer, *bounds, n_columns).end.tolist() == [length]
+            else:
+                with pytest.raises(ProtocolError):
+                    slice_tuples(buffer, *bounds, n_columns)

@@ -1,0 +1,150 @@
+"""A TCP proxy in front of a server, at which a test can make a consumer's connections wait.
+
+It makes what is a matter of milliseconds last as long as a test wants: a copy that has its slot and not its sessions
+yet, or one that is half read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+from urllib.parse import urlsplit, urlunsplit
+
+__all__ = ["Gate"]
+
+_CHUNK = 65536
+# Small, so that a server whose rows are held is soon unable to send any more.
+_BUFFER = 65536
+
+
+class Gate:
+    """A context manager; `dsn` leads through it. At its end all connections are cut.
+
+    Attributes:
+        dsn: connection URL of the same database, through the gate.
+    """
+
+    def __init__(self, dsn: str) -> None:
+        parts = urlsplit(dsn)
+        assert parts.hostname is not None
+        assert parts.port is not None
+        self._server = (parts.hostname, parts.port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        user = parts.netloc.rpartition("@")[0]
+        netloc = f"{user}@127.0.0.1:{self._listener.getsockname()[1]}"
+        self.dsn = urlunsplit(parts._replace(netloc=netloc))
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._newcomers_wait = False
+        self._most_bytes: int | None = None
+        self._waiting = 0
+
+    def __enter__(self) -> Self:
+        self._start(self._accept)
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _value: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for each in (self._listener, *self._sockets):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        for thread in self._threads:
+            thread.join(5)
+
+    @property
+    def waiting(self) -> int:
+        """How many connections wait at the gate just now."""
+        return self._waiting
+
+    def hold_newcomers(self) -> None:
+        """From now on, let no new connection through; those that there are go on."""
+        self._set(newcomers_wait=True, most_bytes=None)
+
+    def hold_rows(self, most_bytes: int) -> None:
+        """Hold the server's side of each connection that has brought so many bytes, but for replication's."""
+        self._set(newcomers_wait=False, most_bytes=most_bytes)
+
+    def open(self) -> None:
+        """Let everything through."""
+        self._set(newcomers_wait=False, most_bytes=None)
+
+    def _set(self, *, newcomers_wait: bool, most_bytes: int | None) -> None:
+        with self._changed:
+            self._newcomers_wait, self._most_bytes = newcomers_wait, most_bytes
+            self._changed.notify_all()
+
+    def _start(self, work: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=work, args=arguments, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while not self._closed:
+            # Closing a socket does not wake the accept of another thread.
+            if not select.select([self._listener], [], [], 0.1)[0]:
+                continue
+            with contextlib.suppress(OSError):
+                client, _ = self._listener.accept()
+                self._start(self._serve, client)
+
+    def _serve(self, client: socket.socket) -> None:
+        self._sockets.append(client)
+        self._wait(lambda: self._newcomers_wait)
+        if self._closed:
+            return
+        server = socket.socket()
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+        self._sockets.append(server)
+        replicates = threading.Event()
+        with contextlib.suppress(OSError):
+            server.connect(self._server)
+            for each in (client, server):
+                each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._start(self._upwards, client, server, replicates)
+            self._downwards(server, client, replicates)
+
+    @staticmethod
+    def _upwards(client: socket.socket, server: socket.socket, replicates: threading.Event) -> None:
+        with contextlib.suppress(OSError):
+            while data := client.recv(_CHUNK):
+                # The startup packet, which may come after a question about encryption.
+                if not replicates.is_set() and b"replication\0" in data:
+                    replicates.set()
+                server.sendall(data)
+        with contextlib.suppress(OSError):
+            server.shutdown(socket.SHUT_WR)
+
+    def _downwards(self, server: socket.socket, client: socket.socket, replicates: threading.Event) -> None:
+        size = 0
+
+        def too_much() -> bool:
+            return self._most_bytes is not None and size > self._most_bytes and not replicates.is_set()
+
+        with contextlib.suppress(OSError):
+            while data := server.recv(_CHUNK):
+                size += len(data)
+                self._wait(too_much)
+                client.sendall(data)
+        for each in (server, client):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def _wait(self, held: Callable[[], bool]) -> None:
+        with self._changed:
+            if not held() or self._closed:
+                return
+            self._waiting += 1
+            self._changed.wait_for(lambda: self._closed or not held())
+            self._waiting -= 1
