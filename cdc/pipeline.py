@@ -105,6 +105,7 @@ class Pipeline:
         self._stopping = False
         self._interruptible = False
         self._deadline: threading.Timer | None = None
+        self._stop_by = 0.0
         self._warned_at = 0.0
         # Of the present connection:
         self._inbox: queue.Queue[Item] = queue.Queue(QUEUE_BATCHES)
@@ -142,6 +143,7 @@ class Pipeline:
         if self._stopping:
             return
         self._stopping = True
+        self._stop_by = time.monotonic() + STOP_S
         self._deadline = threading.Timer(STOP_S, self._warehouse.interrupt)
         self._deadline.daemon = True
         self._deadline.start()
@@ -258,9 +260,8 @@ class Pipeline:
         if self._receiver is None:
             return
         self._receiver.drain()
-        deadline = time.monotonic() + STOP_S
-        while time.monotonic() < deadline:
-            item = self._inbox.get(timeout=STOP_S)
+        while (left := self._stop_by - time.monotonic()) > 0:
+            item = self._inbox.get(timeout=left)
             if isinstance(item, StreamEnded):
                 break
             self._handle(item)

@@ -248,9 +248,10 @@ class Ledger:
         for file in files:
             self._warehouse.execute("INSERT INTO _cdc.files VALUES (?, ?, ?, ?, ?, ?)", list(dataclasses.astuple(file)))
 
-    def known_paths(self) -> set[str]:
-        """Return the paths in the manifest."""
-        return {path for (path,) in self._warehouse.execute("SELECT path FROM _cdc.files")}
+    def known_files(self, paths: Sequence[str]) -> set[str]:
+        """Return those of `paths` that the manifest names."""
+        found = self._warehouse.execute("SELECT path FROM _cdc.files WHERE path IN (SELECT unnest(?))", [list(paths)])
+        return {path for (path,) in found}
 
     def record_change(self, table: Table, lsn: int, change: str) -> None:
         """Note DDL that was followed."""

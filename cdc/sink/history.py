@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote as percent
@@ -81,8 +81,11 @@ class History:
         # One thread of its own, so that Parquet is compressed while DuckDB works: both let go of the GIL.
         self._writer = ThreadPoolExecutor(1, "history")
 
-    def recover(self, known: set[str]) -> None:
-        """After a start: finish the renames that the manifest (`known` paths) names, remove other temporary files.
+    def recover(self, known: Callable[[Sequence[str]], set[str]]) -> None:
+        """After a start: finish the renames that the manifest names, remove other temporary files.
+
+        Args:
+            known: returns those of some paths that the manifest names.
 
         Raises:
             SinkError: the folder cannot be written.
@@ -94,9 +97,10 @@ class History:
             probe = self.root / ".writable"
             probe.touch()
             probe.unlink()
-            for temporary in self.root.rglob("*" + TEMPORARY):
-                final = temporary.with_name(temporary.name.removesuffix(TEMPORARY))
-                if str(final.relative_to(self.root)) in known:
+            left = {t: t.with_name(t.name.removesuffix(TEMPORARY)) for t in self.root.rglob("*" + TEMPORARY)}
+            named = known([str(final.relative_to(self.root)) for final in left.values()])
+            for temporary, final in left.items():
+                if str(final.relative_to(self.root)) in named:
                     temporary.replace(final)
                     _fsync_folder(final.parent)
                 else:

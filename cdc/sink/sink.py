@@ -100,7 +100,7 @@ class Sink:
         self.ledger.load()
         if self.ledger.checkpoint is not None:
             self._alone(self._forget_copies)
-            self.history.recover(self.ledger.known_paths())
+            self.history.recover(self.ledger.known_files)
         return self.ledger.checkpoint
 
     def create(self, checkpoint: Checkpoint, tables: Iterable[Table] = ()) -> None:
@@ -112,7 +112,7 @@ class Sink:
                 self.ledger.put(table)
 
         self._alone(work)
-        self.history.recover(set())
+        self.history.recover(self.ledger.known_files)
 
     def acquire(self) -> list[int]:
         """Take the warehouse if it is not held; return the OIDs of tables that `cdc resync` has marked meanwhile."""
@@ -425,7 +425,7 @@ class Sink:
             return work()
         except BaseException as error:
             self.rollback()
-            if isinstance(error, duckdb.Error):
+            if isinstance(error, duckdb.Error) and not isinstance(error, duckdb.InterruptException):
                 raise _explain(error) from error
             raise
 

@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -55,6 +56,8 @@ class Warehouse:
         }
         self._connection: duckdb.DuckDBPyConnection | None = None
         self.in_transaction = False
+        self._committing = False
+        self._interruption = threading.Lock()
 
     @property
     def held(self) -> bool:
@@ -119,10 +122,14 @@ class Warehouse:
             self._connection = None
 
     def interrupt(self) -> None:
-        """Break off the statement that another thread is running."""
-        connection = self._connection
-        if connection is not None:
-            connection.interrupt()
+        """Break off the statement that another thread is running.
+
+        A COMMIT goes on to its end: DuckDB reports one that was broken off as failed although it may have happened.
+        """
+        with self._interruption:
+            connection = self._connection
+            if connection is not None and not self._committing:
+                connection.interrupt()
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Run one statement and return its rows."""
@@ -157,7 +164,12 @@ class Warehouse:
             SinkError: DuckDB could not write; nothing of the transaction remains.
         """
         self.in_transaction = False
-        self._run("COMMIT")
+        with self._interruption:
+            self._committing = True
+        try:
+            self._run("COMMIT")
+        finally:
+            self._committing = False
 
     def rollback(self) -> None:
         """Roll back the open transaction, if there is one."""

@@ -7,19 +7,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psycopg
+
 from tests.conftest import Database, Lake
-from tests.mirror import Consumer, differences, history_files, states, until, warehouse_rows
+from tests.mirror import Consumer, differences, history_files, run_cdc, states, until, warehouse_rows
 
 __all__ = [
     "await_states",
     "await_waiting_slot",
     "copy_lsns",
+    "blocking",
     "equal",
+    "begin",
     "leftovers",
     "locks",
-    "seconds",
+    "log_lines",
     "settle",
-    "surely",
 ]
 
 
@@ -47,16 +50,24 @@ def settle(consumer: Consumer, database: Database, lake: Lake, timeout_s: float 
     until(there, timeout_s, "the consumer to catch up")
 
 
-def surely(database: Database, statement: str) -> None:
-    """Assert that `statement` (a condition) holds."""
-    assert database.execute(f"SELECT {statement}")[0][0], statement
+def begin(lake: Lake, dsn: str, **settings: str) -> None:
+    """Make the consumer's slot, so that the next start goes straight to the copies."""
+    done = run_cdc(lake, dsn, "run", "--once", **settings)
+    assert done.returncode == 0, done.stderr
+
+
+def blocking(database: Database) -> psycopg.Connection[Any]:
+    """Return a session with an open transaction that writes: no slot is complete before it ends."""
+    connection = database.connect(autocommit=False)
+    connection.execute("SELECT pg_current_xact_id()")
+    return connection
 
 
 def slot_waits(database: Database) -> bool:
     """Whether somebody makes a slot, and waits for a transaction to end."""
     return bool(
         database.execute(
-            "SELECT FROM pg_stat_activity AS a JOIN pg_locks AS l USING (pid) WHERE a.backend_type = 'walsender' "
+            "SELECT 1 FROM pg_stat_activity AS a JOIN pg_locks AS l USING (pid) WHERE a.backend_type = 'walsender' "
             "AND l.locktype = 'transactionid' AND NOT l.granted"
         )
     )
@@ -111,6 +122,6 @@ def leftovers(lake: Lake) -> list[str]:
     return [name for (name,) in [*staged, *buffered]] + [str(file) for file in found]
 
 
-def seconds(output: str, event: str) -> list[str]:
+def log_lines(output: str, event: str) -> list[str]:
     """Return the lines of a consumer's log that report `event`."""
     return [line for line in output.splitlines() if re.search(rf"Z {re.escape(event)}\b", line)]

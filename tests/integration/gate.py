@@ -45,6 +45,7 @@ class Gate:
         self._newcomers_wait = False
         self._most_bytes: int | None = None
         self._waiting = 0
+        self._admitted = 0
 
     def __enter__(self) -> Self:
         self._start(self._accept)
@@ -71,6 +72,12 @@ class Gate:
     def hold_newcomers(self) -> None:
         """From now on, let no new connection through; those that there are go on."""
         self._set(newcomers_wait=True, most_bytes=None)
+
+    def admit(self) -> None:
+        """Let one of the connections that wait through; the others go on waiting."""
+        with self._changed:
+            self._admitted += 1
+            self._changed.notify_all()
 
     def hold_rows(self, most_bytes: int) -> None:
         """Hold the server's side of each connection that has brought so many bytes, but for replication's."""
@@ -101,7 +108,7 @@ class Gate:
 
     def _serve(self, client: socket.socket) -> None:
         self._sockets.append(client)
-        self._wait(lambda: self._newcomers_wait)
+        self._wait(self._turned_away)
         if self._closed:
             return
         server = socket.socket()
@@ -114,6 +121,12 @@ class Gate:
                 each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._start(self._upwards, client, server, replicates)
             self._downwards(server, client, replicates)
+
+    def _turned_away(self) -> bool:
+        if self._newcomers_wait and self._admitted:
+            self._admitted -= 1
+            return False
+        return self._newcomers_wait
 
     @staticmethod
     def _upwards(client: socket.socket, server: socket.socket, replicates: threading.Event) -> None:

