@@ -182,7 +182,7 @@ class Pipeline:
                 if not self._warehouse.in_transaction:
                     self._reconcile(watcher.latest())
                     self._copies(copier)
-                if self._inbox.empty() and not copier.busy and not _backlogged(item):
+                if self._inbox.empty() and copier.items.empty() and not _backlogged(item):
                     self._sink.release()
         finally:
             watcher.stop()
@@ -193,6 +193,8 @@ class Pipeline:
 
     def _next(self, copier: Copier) -> Item | None:
         try:
+            if not copier.items.empty() and not self._warehouse.in_transaction:
+                return self._inbox.get_nowait()
             return self._inbox.get(timeout=_COPY_TICK_S if copier.busy else _TICK_S)
         except queue.Empty:
             return None
@@ -320,12 +322,9 @@ class Pipeline:
         return next((table for table in tables if table.state in ("pending", "resyncing", "copying")), None)
 
     def _copies(self, copier: Copier) -> None:
-        """Take what the copier has made; swap in a copy that the checkpoint has reached; begin the next."""
-        while True:
-            try:
-                item = copier.items.get_nowait()
-            except queue.Empty:
-                break
+        """Take one thing that the copier has made; swap in a copy that the checkpoint has reached; begin the next."""
+        with contextlib.suppress(queue.Empty):  # no more than one: the stream has its turn between two
+            item = copier.items.get_nowait()
             self._acquire()
             try:
                 self._copy_item(item)

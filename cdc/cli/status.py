@@ -97,11 +97,14 @@ def _warehouse(settings: Settings) -> dict[str, Any]:
             raise SinkError(f"{settings.warehouse} is no warehouse of cdc", "set CDC_WAREHOUSE to the one you mean")
         for lsn, commit_ts, as_of in run("SELECT lsn, commit_ts::VARCHAR, epoch(as_of) FROM _cdc.checkpoint"):
             empty |= {"checkpoint": (lsn, commit_ts), "as_of": as_of}
+        ((database,),) = run("SELECT current_database()")
         here = set(run("SELECT schema_name, table_name FROM duckdb_tables()"))
         for schema, name, state, reason, changed in run(
             "SELECT schema_name, table_name, state, reason, last_change_ts::VARCHAR FROM _cdc.tables ORDER BY 1, 2"
         ):
-            rows = run(f"SELECT count(*) FROM {quote(schema, name)}")[0][0] if (schema, name) in here else None
+            rows = (
+                run(f"SELECT count(*) FROM {quote(database, schema, name)}")[0][0] if (schema, name) in here else None
+            )
             empty["tables"].append(
                 {
                     "schema": schema,

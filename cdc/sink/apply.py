@@ -10,7 +10,6 @@ same transaction, is what keeps that from happening.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 
 import duckdb
@@ -22,13 +21,13 @@ from cdc.errors import TableError
 from cdc.failpoints import reach
 from cdc.pgoutput.changes import TableChanges
 from cdc.pgoutput.types import column_type
-from cdc.sink import rows
+from cdc.sink import quarantine, rows
 from cdc.sink.checkpoint import Table
 from cdc.sink.history import as_log
-from cdc.sink.schema import DELETED_AT
+from cdc.sink.schema import DELETED_AT, folded
 from cdc.sink.warehouse import Warehouse, quote
 
-__all__ = ["apply", "insert", "quarantine"]
+__all__ = ["apply", "insert"]
 
 # Types that DuckDB's Arrow export gives back as something else than what the decoder makes of them.
 _AS_TEXT = ("JSON", "UUID")
@@ -109,6 +108,7 @@ class _Work:
                 pool = pa.concat_arrays([pool, stored[index]])
                 take[sources.rows[absent]] = len(columns[index]) + np.searchsorted(asked, sources.keyed[absent])
             columns[index] = pool.take(pa.array(take))
+        quarantine.inherit(self.warehouse, self.table, changes, traced)
         changes.columns[:] = columns
         changes.unchanged.clear()
         return changes
@@ -136,7 +136,7 @@ class _Work:
     def write(self, changes: TableChanges) -> None:
         """Bring the target to where resolved `changes` leave it."""
         op = changes.op
-        quarantine(self.warehouse, self.table, changes)
+        quarantine.record(self.warehouse, self.table, changes)
         if not self.soft and (op == rows.INSERT).all():
             insert(self.warehouse, self.target, _relation_table(changes, None))
         elif changes.relation.key:
@@ -169,6 +169,12 @@ class _Work:
         gone = np.flatnonzero(changes.op == rows.DELETE)
         if not len(gone):
             return
+        if b"rowid" in folded(*(column.name for column in changes.relation.columns)):
+            raise TableError(
+                f"column rowid of {self.table} hides DuckDB's row numbers, without which equal rows cannot be told apart",
+                self.table.oid,
+                "rename the column, or give the table a primary key in place of REPLICA IDENTITY FULL",
+            )
         names = [quote(column.name) for column in changes.relation.columns]
         equal = " AND ".join(f"a.{name} IS NOT DISTINCT FROM g.{name}" for name in names)
         every = ", ".join(names)
@@ -259,59 +265,6 @@ def insert(warehouse: Warehouse, target: str, table: pa.Table) -> None:
     names = ", ".join(quote(name) for name in table.column_names)
     with warehouse.view("_rows", table):
         warehouse.execute(f"INSERT INTO {target} ({names}) SELECT {names} FROM _rows")
-
-
-def quarantine(warehouse: Warehouse, table: Table, changes: TableChanges) -> None:
-    """Keep the exact text of values that their type cannot hold; what newer changes replace is no longer current.
-
-    Raises:
-        TableError: such a value is in a key column, which can hold no NULL.
-    """
-    key = changes.relation.key
-    here = [table.schema, table.name]
-    has_current = warehouse.execute(
-        "SELECT 1 FROM _cdc.quarantine WHERE schema_name = ? AND table_name = ? AND current LIMIT 1", here
-    )
-    if not changes.unfit and not has_current:
-        return
-    for unfit in changes.unfit:
-        if unfit.column in key:
-            name = changes.relation.columns[unfit.column].name
-            raise TableError(
-                f"key column {name} of {table} holds a value that {_kind(changes, unfit.column)} cannot: "
-                "a row would have no key",
-                table.oid,
-                "leave the table out with CDC_TABLES, or give the column a type with a smaller range",
-            )
-    keys = _key_texts(changes) if key else None
-    if has_current and keys is not None:
-        touched = pa.table({"key": pa.array(sorted({text for text in keys if text}))})
-        with warehouse.view("_touched", touched):
-            warehouse.execute(
-                "UPDATE _cdc.quarantine SET current = false WHERE schema_name = ? AND table_name = ? AND current "
-                "AND key IN (SELECT key FROM _touched)",
-                here,
-            )
-    newest = {text: row for row, text in enumerate(keys)} if keys is not None else {}
-    for unfit in changes.unfit:
-        for row, text in zip(unfit.rows.tolist(), unfit.texts, strict=True):
-            # The row of a delete is what was; under FULL it is no key either.
-            current = changes.op[row] != rows.DELETE and (keys is None or newest[keys[row]] == row)
-            warehouse.execute(
-                "INSERT INTO _cdc.quarantine VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                [
-                    *(*here, changes.relation.columns[unfit.column].name, keys[row] if keys else None, text),
-                    *(int(changes.lsn[row]), int(changes.seq[row]), bool(current)),
-                ],
-            )
-
-
-def _key_texts(changes: TableChanges) -> list[str]:
-    """Return each row's key as a JSON object of texts. A slow path, a step per row: only for tables in quarantine."""
-    names = [changes.relation.columns[i].name for i in changes.relation.key]
-    columns = [changes.columns[i].to_pylist() for i in changes.relation.key]
-    rows_of_values = zip(*columns, strict=True)
-    return [json.dumps(dict(zip(names, map(str, values), strict=True))) for values in rows_of_values]
 
 
 def _relation_table(changes: TableChanges, which: npt.NDArray[np.int64] | None) -> pa.Table:

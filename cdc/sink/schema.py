@@ -16,11 +16,23 @@ import pyarrow as pa
 from cdc.errors import TableError
 from cdc.pgoutput.messages import Relation
 from cdc.pgoutput.types import column_type
-from cdc.sink.checkpoint import StoredColumn
+from cdc.sink.checkpoint import StoredColumn, Table
 from cdc.sink.history import META
 from cdc.sink.warehouse import quote
 
-__all__ = ["DELETED_AT", "LiveColumn", "LiveTable", "Plan", "create_table", "nulls", "plan", "same", "stored_columns"]
+__all__ = [
+    "DELETED_AT",
+    "LiveColumn",
+    "LiveTable",
+    "Plan",
+    "create_table",
+    "folded",
+    "nulls",
+    "plan",
+    "refuse",
+    "same",
+    "stored_columns",
+]
 
 DELETED_AT = "_deleted_at"
 """Column that CDC_DELETES=soft adds: when the row was deleted, NULL while it lives."""
@@ -82,37 +94,42 @@ def nulls(column: StoredColumn) -> pa.Array:
     return pa.nulls(1, column_type(column.type_oid, column.typmod).arrow)
 
 
-def create_table(oid: int, target: str, columns: Sequence[StoredColumn], *, soft: bool, logged: bool) -> str:
-    """Return the statement that makes the table `target` (already quoted).
-
-    Args:
-        soft: with the column for deleted rows.
-        logged: there is a history, which has columns of its own.
-
-    Raises:
-        TableError: DuckDB or the history cannot hold columns of these names.
-    """
-    _refuse(oid, target, [c.name for c in columns], soft=soft, logged=logged)
+def create_table(target: str, columns: Sequence[StoredColumn], *, soft: bool) -> str:
+    """Return the statement that makes the table `target` (already quoted); `soft`: with the column for deleted rows."""
     parts = [f"{quote(c.name)} {column_type(c.type_oid, c.typmod).duckdb}" for c in columns]
     if soft:
         parts.append(f"{quote(DELETED_AT)} TIMESTAMPTZ")
     return f"CREATE OR REPLACE TABLE {target} ({', '.join(parts)})"
 
 
-def _refuse(oid: int, target: str, names: Sequence[str], *, soft: bool, logged: bool) -> None:
+def folded(*names: str) -> tuple[bytes, ...]:
+    """Return `names` as DuckDB compares them: it ignores the case of ASCII letters, and of no others."""
+    return tuple(name.encode().lower() for name in names)
+
+
+def refuse(table: Table, columns: Sequence[StoredColumn], *, soft: bool, logged: bool) -> None:
+    """Check that `table` can have these columns.
+
+    Args:
+        soft: there is the column for deleted rows as well.
+        logged: there is a history, which has columns of its own.
+
+    Raises:
+        TableError: DuckDB or the history cannot hold columns of these names.
+    """
     hint = "rename the column in Postgres, or leave the table out with CDC_TABLES"
-    if not names:
-        raise TableError(
-            f"table {target} has no columns, which DuckDB cannot store", oid, "leave it out with CDC_TABLES"
-        )
-    seen: dict[str, str] = {}
-    for name in names:
-        if (other := seen.setdefault(name.casefold(), name)) != name:
-            raise TableError(f"columns {other} and {name} of {target} are the same name to DuckDB", oid, hint)
-    ours = [*(META if logged else ()), *([DELETED_AT] if soft else ())]
-    for name in ours:
-        if name in seen:
-            raise TableError(f"column {name} of {target} has the name of one of ours", oid, hint)
+    if not columns:
+        reason = f"table {table} has no columns, which DuckDB cannot store"
+        raise TableError(reason, table.oid, "leave it out with CDC_TABLES")
+    ours = folded(*(META if logged else ()), *([DELETED_AT] if soft else ()))
+    seen: dict[bytes, str] = {}
+    for column in columns:
+        (name,) = folded(column.name)
+        if name in ours:
+            raise TableError(f"column {column.name} of {table} has the name of one of ours", table.oid, hint)
+        if (other := seen.setdefault(name, column.name)) != column.name:
+            reason = f"columns {other} and {column.name} of {table} are the same name to DuckDB"
+            raise TableError(reason, table.oid, hint)
 
 
 def plan(  # noqa: PLR0911 -- each is one reason for a new copy

@@ -25,7 +25,7 @@ from cdc.pgoutput.changes import decode_rows
 from cdc.pgoutput.decoder import Decoded
 from cdc.pgoutput.messages import Relation
 from cdc.pgoutput.rows import RelationRows
-from cdc.sink import schema
+from cdc.sink import quarantine, schema
 from cdc.sink.apply import apply, insert
 from cdc.sink.checkpoint import Checkpoint, Ledger, State, StoredColumn, Table
 from cdc.sink.history import History, HistoryFile, as_log
@@ -225,9 +225,12 @@ class Sink:
         plan = schema.plan(target, table.columns, table.relfilenode, relation, self._live(relation.oid))
         if plan is None:
             raise Resync(f"the definition of {table} changed in a way that needs a new copy", table.oid)
+        schema.refuse(table, plan.columns, soft=table.deletes == "soft", logged=self.history.root is not None)
         for statement, parameters in plan.statements:
             self.warehouse.execute(statement, parameters)
             reach("during_ddl_apply")
+        left = {column.attnum for column in plan.columns}
+        quarantine.forget_columns(self.warehouse, table, [c.name for c in table.columns if c.attnum not in left])
         for change in plan.changes:
             self.ledger.record_change(table, lsn, change)
         table = dataclasses.replace(table, columns=plan.columns)
@@ -258,15 +261,10 @@ class Sink:
         def work() -> None:
             table = self.ledger.tables[oid]
             self._refuse_namesake(table)
-            create = schema.create_table(
-                oid,
-                self._staging(table),
-                columns,
-                soft=self._deletes == "soft",
-                logged=self.history.root is not None,
-            )
-            self.warehouse.execute(f"CREATE SCHEMA IF NOT EXISTS {quote(table.schema)}")
-            self.warehouse.execute(create)
+            soft = self._deletes == "soft"
+            schema.refuse(table, columns, soft=soft, logged=self.history.root is not None)
+            self.warehouse.execute(f"CREATE SCHEMA IF NOT EXISTS {self.warehouse.name(table.schema)}")
+            self.warehouse.execute(schema.create_table(self._staging(table), columns, soft=soft))
             self.warehouse.execute(
                 "DELETE FROM _cdc.quarantine WHERE schema_name = ? AND table_name = ? AND lsn = 0",
                 [table.schema, table.name],
@@ -326,6 +324,8 @@ class Sink:
                 self._carry_tombstones(old, staging, target, key)
             here = [old.schema, old.name]
             where = "schema_name = ? AND table_name = ?"
+            # What was applied since L comes again below, from the buffer.
+            self.warehouse.execute(f"DELETE FROM _cdc.quarantine WHERE {where} AND lsn >= ?", [*here, lsn])
             self.warehouse.execute(f"UPDATE _cdc.quarantine SET current = false WHERE {where} AND lsn > 0", here)
             self.warehouse.execute(
                 f"UPDATE _cdc.quarantine SET current = true, lsn = ? WHERE {where} AND lsn = 0", [lsn, *here]
@@ -358,7 +358,7 @@ class Sink:
         """After a start: no copy is under way, so what a crash left of one is of no use."""
         find = "SELECT schema_name, table_name FROM duckdb_tables() WHERE starts_with(table_name, ?)"
         for schema_name, table_name in self.warehouse.execute(find, [_STAGING]):
-            self.warehouse.execute(f"DROP TABLE {quote(schema_name, table_name)}")
+            self.warehouse.execute(f"DROP TABLE {self.warehouse.name(schema_name, table_name)}")
         self.warehouse.execute("DELETE FROM _cdc.buffer")
         self.warehouse.execute("DELETE FROM _cdc.quarantine WHERE lsn = 0")
 
@@ -368,7 +368,7 @@ class Sink:
             if other.oid == table.oid or other.state in ("dropped", "error"):
                 continue
             names, others = (table.schema, table.name), (other.schema, other.name)
-            if names != others and [n.casefold() for n in names] == [n.casefold() for n in others]:
+            if names != others and schema.folded(*names) == schema.folded(*others):
                 raise TableError(
                     f"tables {table} and {other} have the same name to DuckDB",
                     table.oid,
@@ -399,13 +399,11 @@ class Sink:
             f"SELECT {names}, {deleted} FROM {target} t WHERE {where}"
         )
 
-    @staticmethod
-    def _target(table: Table) -> str:
-        return quote(table.schema, table.name)
+    def _target(self, table: Table) -> str:
+        return self.warehouse.name(table.schema, table.name)
 
-    @staticmethod
-    def _staging(table: Table) -> str:
-        return quote(table.schema, _staging_name(table))
+    def _staging(self, table: Table) -> str:
+        return self.warehouse.name(table.schema, _staging_name(table))
 
     def _alone(self, work: Callable[[], None]) -> None:
         """Run `work` in a transaction of its own. The stream must not have one open: it would be committed half-way."""

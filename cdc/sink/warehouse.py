@@ -55,6 +55,7 @@ class Warehouse:
             "preserve_insertion_order": True,
         }
         self._connection: duckdb.DuckDBPyConnection | None = None
+        self._database = ""
         self.in_transaction = False
         self._committing = False
         self._interruption = threading.Lock()
@@ -70,6 +71,15 @@ class Warehouse:
         if self._connection is None:
             raise SinkError(f"warehouse {self.path} is used before it was opened")
         return self._connection
+
+    def name(self, *names: str) -> str:
+        """Return `names` (schema, table) quoted, behind the database's own name.
+
+        Without it, a schema called temp, system or like the file would be taken for a database.
+        """
+        if not self._database:
+            self._database = str(self.execute("SELECT current_database()")[0][0])
+        return quote(self._database, *names)
 
     def acquire(
         self,
@@ -149,7 +159,9 @@ class Warehouse:
         try:
             yield
         finally:
-            self.connection.unregister(name)
+            # After an error DuckDB takes nothing but a ROLLBACK, which takes the view along; the error is what counts.
+            with contextlib.suppress(duckdb.TransactionException):
+                self.connection.unregister(name)
 
     def begin(self) -> None:
         """Begin a transaction, unless one is open."""

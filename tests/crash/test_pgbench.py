@@ -31,7 +31,7 @@ from tests.mirror import Consumer, differences, run_cdc, states, until, warehous
 ONLY_18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 SCALE = 10
 # Transactions per second: such that the consumer keeps up on a slow machine, and a good part of its time is in a batch.
-RATE = 300
+RATE = 200
 KILLS_IN_COPY = 3
 KILLS_AT_START = 4
 KILLS_IN_STREAM = 14
@@ -239,9 +239,9 @@ def _different_accounts(database: Database, lake: Lake) -> dict[str, int]:
     log = f"read_parquet('{lake.history}/public/pgbench_accounts/*.parquet')"
     connection.execute(
         f"""CREATE TABLE replayed AS
-        WITH log AS (FROM {log}), copies AS (SELECT max(_lsn) AS at FROM log WHERE _op = 'T' AND _seq < 0)
+        WITH log AS (FROM {log}), copies AS (SELECT max(_lsn) AS copy_lsn FROM log WHERE _op = 'T' AND _seq < 0)
         SELECT {names} FROM log, copies
-        WHERE _op <> 'T' AND ((_lsn = at AND _seq < 0) OR (_lsn >= at AND _seq > 0))
+        WHERE _op <> 'T' AND ((_lsn = copy_lsn AND _seq < 0) OR (_lsn >= copy_lsn AND _seq > 0))
         QUALIFY row_number() OVER (PARTITION BY aid ORDER BY _lsn DESC, _seq DESC) = 1"""
     )
     assert connection.execute(f"SELECT DISTINCT _op FROM {log} ORDER BY 1").fetchall() == [("S",), ("T",), ("U",)]

@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 
 from tests.conftest import Database, Lake
-from tests.mirror import Consumer, differences, history_files, run_cdc, states, until, warehouse_rows
+from tests.mirror import Consumer, differences, history_files, states, until, warehouse_rows
 
 __all__ = [
     "await_states",
@@ -18,7 +18,6 @@ __all__ = [
     "copy_lsns",
     "blocking",
     "equal",
-    "begin",
     "leftovers",
     "locks",
     "log_lines",
@@ -48,12 +47,6 @@ def settle(consumer: Consumer, database: Database, lake: Lake, timeout_s: float 
         return found is not None and found > lsn
 
     until(there, timeout_s, "the consumer to catch up")
-
-
-def begin(lake: Lake, dsn: str, **settings: str) -> None:
-    """Make the consumer's slot, so that the next start goes straight to the copies."""
-    done = run_cdc(lake, dsn, "run", "--once", **settings)
-    assert done.returncode == 0, done.stderr
 
 
 def blocking(database: Database) -> psycopg.Connection[Any]:

@@ -8,16 +8,14 @@ from typing import Any
 import duckdb
 
 from tests.conftest import Database, Lake
-from tests.mirror import differences, run_cdc, warehouse_rows
+from tests.mirror import differences, mirror_once, warehouse_rows
 
 __all__ = ["agree", "copies", "log", "operations", "quarantine", "sync", "table_state", "transactions"]
 
 
 def sync(database: Database, lake: Lake, **settings: str) -> str:
     """Mirror everything that is committed by now; return what the consumer said."""
-    done = run_cdc(lake, database.dsn, "run", "--once", **settings)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    return mirror_once(lake, database.dsn, **settings)
 
 
 def transactions(database: Database, *statements: str) -> None:

@@ -20,7 +20,8 @@ only_18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 def changes(lake: Lake, table: str) -> list[str]:
     """Return what DDL was followed for a table, in order."""
     rows = warehouse_rows(
-        lake, f"SELECT change FROM _cdc.schema_changes WHERE schema_name || '.' || table_name = '{table}' ORDER BY rowid"
+        lake,
+        f"SELECT change FROM _cdc.schema_changes WHERE schema_name || '.' || table_name = '{table}' ORDER BY rowid",
     )
     return [change for (change,) in rows]
 
@@ -200,7 +201,12 @@ def test_changes_that_need_a_new_copy(database: Database, lake: Lake) -> None:
     assert "state=resyncing" in output
     agree(database, lake, {"public.wider": ["id"], "public.renamed": ["id"], "public.key_type": ["id"]})
     # from here on they stream as before
-    transactions(database, "UPDATE wider SET n = n + 1, d = 0.0001", "UPDATE volatile SET r = 0", "DELETE FROM renamed WHERE id = 2")
+    transactions(
+        database,
+        "UPDATE wider SET n = n + 1, d = 0.0001",
+        "UPDATE volatile SET r = 0",
+        "DELETE FROM renamed WHERE id = 2",
+    )
     sync(database, lake)
     agree(database, lake, tables)
     assert copies(lake) == again
@@ -230,9 +236,9 @@ def test_columns_that_duckdb_cannot_have(database: Database, lake: Lake) -> None
         """
     )
     sync(database, lake)
-    assert table_state(lake, "public.cases") == ("error", 'columns a and A of "public"."cases" are the same name to DuckDB')
-    assert table_state(lake, "public.ours") == ("error", 'column _lsn of "public"."ours" has the name of one of ours')
-    assert table_state(lake, "public.none") == ("error", 'table "public"."none" has no columns, which DuckDB cannot store')
+    assert table_state(lake, "public.cases") == ("error", "columns a and A of public.cases are the same name to DuckDB")
+    assert table_state(lake, "public.ours") == ("error", "column _lsn of public.ours has the name of one of ours")
+    assert table_state(lake, "public.none") == ("error", "table public.none has no columns, which DuckDB cannot store")
     twins = {states(lake)["public.Twin"], states(lake)["public.twin"]}
     assert twins == {"streaming", "error"}
     second = "public.twin" if states(lake)["public.twin"] == "error" else "public.Twin"
@@ -241,14 +247,21 @@ def test_columns_that_duckdb_cannot_have(database: Database, lake: Lake) -> None
     # those that were fine go the same way, and the rest of their transaction is not lost
     transactions(
         database,
-        'UPDATE cases SET a = 3; INSERT INTO fine VALUES (2, \'b\')',
-        'ALTER TABLE later_case ADD COLUMN "V" int; UPDATE later_case SET v = \'b\'; INSERT INTO fine VALUES (3, \'c\')',
+        "UPDATE cases SET a = 3; INSERT INTO fine VALUES (2, 'b')",
+        "ALTER TABLE later_case ADD COLUMN \"V\" int; UPDATE later_case SET v = 'b'; INSERT INTO fine VALUES (3, 'c')",
         "ALTER TABLE later_ours ADD COLUMN _seq int; UPDATE later_ours SET v = 'b'; INSERT INTO fine VALUES (4, 'd')",
         "ALTER TABLE later_none DROP COLUMN v; INSERT INTO later_none DEFAULT VALUES; INSERT INTO fine VALUES (5, 'e')",
     )
     sync(database, lake)
     agree(database, lake, {"public.fine": ["id"]})
-    broken = ["public.cases", "public.later_case", "public.later_none", "public.later_ours", "public.none", "public.ours"]
+    broken = [
+        "public.cases",
+        "public.later_case",
+        "public.later_none",
+        "public.later_ours",
+        "public.none",
+        "public.ours",
+    ]
     assert sorted(table for table, state in states(lake).items() if state == "error") == sorted([*broken, second])
     assert "columns v and V" in table_state(lake, "public.later_case")[1]
     assert "column _seq" in table_state(lake, "public.later_ours")[1]
@@ -280,6 +293,8 @@ NAMES = [
     ("Größe 😀", "order", ["group", "_cdc_n", "_cdc_at"]),
     ("s" * 63, "é" * 31, ["c" * 63, "C" * 62]),
     ("public", "_rows", ["n", "_keys", "_need"]),
+    ("public", "Ärger", ["id", "É", "é", "ß", "ss"]),
+    ("public", "ärger", ["id", "v"]),
     ("public", "a\nb\t*?[x]", ["a\nb", "$1", "{0}"]),
 ]
 
@@ -289,11 +304,18 @@ def test_names_of_every_shape(database: Database, lake: Lake) -> None:
     connection = database.connect()
     for schema, table, (key, *others) in NAMES:
         connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(schema)))
-        columns = sql.SQL(", ").join(sql.SQL("{} text STORAGE EXTERNAL" if database.version >= 16 else "{} text").format(sql.Identifier(name)) for name in others)
+        columns = sql.SQL(", ").join(
+            sql.SQL("{} text STORAGE EXTERNAL" if database.version >= 16 else "{} text").format(sql.Identifier(name))
+            for name in others
+        )
         target = sql.Identifier(schema, table)
-        connection.execute(sql.SQL("CREATE TABLE {} ({} int PRIMARY KEY, {})").format(target, sql.Identifier(key), columns))
+        connection.execute(
+            sql.SQL("CREATE TABLE {} ({} int PRIMARY KEY, {})").format(target, sql.Identifier(key), columns)
+        )
         for name in others:
-            connection.execute(sql.SQL("ALTER TABLE {} ALTER {} SET STORAGE EXTERNAL").format(target, sql.Identifier(name)))
+            connection.execute(
+                sql.SQL("ALTER TABLE {} ALTER {} SET STORAGE EXTERNAL").format(target, sql.Identifier(name))
+            )
         _fill(connection, schema, table, others, "1, 2, 3, 4")
     sync(database, lake)
     for schema, table, (key, *others) in NAMES:
@@ -311,7 +333,9 @@ def test_names_of_every_shape(database: Database, lake: Lake) -> None:
     sync(database, lake)
     for schema, table, (key, *others) in NAMES:
         picks = [key, *others, "added"]
-        query = sql.SQL("SELECT {} FROM {}").format(sql.SQL(", ").join(map(sql.Identifier, picks)), sql.Identifier(schema, table))
+        query = sql.SQL("SELECT {} FROM {}").format(
+            sql.SQL(", ").join(map(sql.Identifier, picks)), sql.Identifier(schema, table)
+        )
         source: Counter[tuple[Any, ...]] = Counter(connection.execute(query))
         assert len(source) == 5
         names = ", ".join(map(quote, picks))
@@ -333,7 +357,9 @@ def _fill(connection: psycopg.Connection[Any], schema: str, table: str, others: 
     values = sql.SQL(", ").join([sql.SQL("repeat({}, 3000)").format(name) for name in others])
     connection.execute(
         sql.SQL("INSERT INTO {} SELECT i, {} FROM unnest(ARRAY[{}]) i").format(
-            sql.Identifier(schema, table), values, sql.SQL(keys)  # type: ignore[arg-type]
+            sql.Identifier(schema, table),
+            values,
+            sql.SQL(keys),  # type: ignore[arg-type]
         )
     )
 
@@ -354,7 +380,9 @@ def test_one_name_in_two_schemas(database: Database, lake: Lake) -> None:
         """
     )
     sync(database, lake)
-    transactions(database, "UPDATE a.t SET v = 'b'; INSERT INTO b.t VALUES (2, 2); TRUNCATE a.t; INSERT INTO a.t VALUES (3, 'c')")
+    transactions(
+        database, "UPDATE a.t SET v = 'b'; INSERT INTO b.t VALUES (2, 2); TRUNCATE a.t; INSERT INTO a.t VALUES (3, 'c')"
+    )
     sync(database, lake)
     agree(database, lake, {"a.t": ["id"], "b.t": ["id"]})
     assert (operations(lake, "a.t"), operations(lake, "b.t")) == ("UTI", "I")
@@ -369,8 +397,9 @@ def test_partitions_are_one_table(database: Database, lake: Lake) -> None:
         CREATE TABLE leaf_24 (gone int, v text, at date NOT NULL, id int NOT NULL);
         ALTER TABLE leaf_24 DROP COLUMN gone;
         ALTER TABLE root ATTACH PARTITION leaf_24 FOR VALUES FROM ('2024-01-01') TO ('2025-01-01');
-        CREATE TABLE leaf_25 PARTITION OF root FOR VALUES FROM ('2025-01-01') TO ('2026-01-01') PARTITION BY LIST (v);
-        CREATE TABLE leaf_25_rest PARTITION OF leaf_25 DEFAULT;
+        CREATE TABLE leaf_25 PARTITION OF root FOR VALUES FROM ('2025-01-01') TO ('2026-01-01') PARTITION BY HASH (id);
+        CREATE TABLE leaf_25_0 PARTITION OF leaf_25 FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+        CREATE TABLE leaf_25_1 PARTITION OF leaf_25 FOR VALUES WITH (MODULUS 2, REMAINDER 1);
         INSERT INTO root SELECT i, '2023-06-01'::date + i, 'v' || i FROM generate_series(1, 900) i
         """
     )
@@ -415,3 +444,36 @@ def test_generated_columns(database: Database, lake: Lake) -> None:
     assert column_names(lake, "public.t") == ["id", "n", "v"]
     assert differences(database, lake, "public.t") == ""
     assert mirrored_rows(database, lake, "public.t") == source_rows(database, "public.t")
+
+
+@only_18
+def test_trouble_within_a_large_transaction(database: Database, lake: Lake) -> None:
+    """H2, C17: a table that fails in the midst of a transaction in pieces costs the other tables of it nothing."""
+    database.execute(
+        """
+        CREATE TABLE fine (id int PRIMARY KEY, v text);
+        CREATE TABLE retyped (id int PRIMARY KEY, n int);
+        CREATE TABLE broken (id int PRIMARY KEY, v text);
+        INSERT INTO retyped VALUES (1, 1);
+        INSERT INTO broken VALUES (1, 'a')
+        """
+    )
+    sync(database, lake)
+    first = copies(lake)
+    rows = "INSERT INTO fine SELECT i, 'v' FROM generate_series({}, {}) i;"
+    database.execute(
+        rows.format(1, 500)
+        + "ALTER TABLE retyped ALTER n TYPE bigint; INSERT INTO retyped SELECT i, i FROM generate_series(2, 400) i;"
+        + rows.format(501, 800)
+        + 'ALTER TABLE broken ADD COLUMN "V" text; INSERT INTO broken SELECT i, i FROM generate_series(2, 400) i;'
+        + "UPDATE fine SET v = 'w' WHERE id % 3 = 0;"
+    )
+    output = sync(database, lake, flush_rows="100")
+    assert output.count("state=resyncing") == output.count("state=error") == 1
+    agree(database, lake, {"public.fine": ["id"], "public.retyped": ["id"]})
+    assert copies(lake)["public.retyped"] > first["public.retyped"]
+    assert table_state(lake, "public.broken")[0] == "error"
+    assert operations(lake, "public.fine") == "I" * 800 + "U" * 266
+    ((pieces,),) = log(lake, "public.fine", "SELECT count(DISTINCT _lsn) FROM log WHERE _seq > 0")
+    files = warehouse_rows(lake, "SELECT count(*) FROM _cdc.files WHERE table_name = 'fine' AND rows <= 100")
+    assert (pieces, files[0][0] > 5) == (1, True)

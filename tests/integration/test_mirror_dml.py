@@ -70,7 +70,9 @@ def test_every_kind_of_statement(database: Database, lake: Lake) -> None:
 
 def test_one_key_several_times(database: Database, lake: Lake) -> None:
     """C3, C4: insert, update and delete of one key, in one transaction and over several in one batch."""
-    database.execute("CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t SELECT i, 'old' FROM generate_series(1, 9) i")
+    database.execute(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t SELECT i, 'old' FROM generate_series(1, 9) i"
+    )
     sync(database, lake)
     transactions(
         database,
@@ -139,7 +141,9 @@ def test_changes_of_the_key(database: Database, lake: Lake) -> None:
         "SELECT _op, id, v, _seq - min(_seq) OVER () FROM log WHERE _seq > 0 ORDER BY _lsn, _seq",
     )
     assert pairs == [("D", 1, None, 0), ("I", 100, "row 1", 1)]
-    transactions(database, "UPDATE between SET id = 1, v = 'back' WHERE id = 100", "UPDATE between SET id = 6 WHERE id = 5")
+    transactions(
+        database, "UPDATE between SET id = 1, v = 'back' WHERE id = 100", "UPDATE between SET id = 6 WHERE id = 5"
+    )
     sync(database, lake)
     agree(database, lake, {"public.between": ["id"]})
 
@@ -242,7 +246,12 @@ def test_tables_without_a_key(database: Database, lake: Lake) -> None:
     sync(database, lake)
     agree(database, lake, {"public.bare": [], "public.nothing": []})
     appended = {name: source_rows(database, f"public.{name}") for name in ("bare", "nothing")}
-    transactions(database, "UPDATE bare SET b = 'changed'", "DELETE FROM nothing WHERE id = 1", "INSERT INTO bare VALUES (3, 'z')")
+    transactions(
+        database,
+        "UPDATE bare SET b = 'changed'",
+        "DELETE FROM nothing WHERE id = 1",
+        "INSERT INTO bare VALUES (3, 'z')",
+    )
     sync(database, lake)
     assert mirrored_rows(database, lake, "public.bare") == appended["bare"] + Counter([(3, "z")])
     assert mirrored_rows(database, lake, "public.nothing") == appended["nothing"]
@@ -425,7 +434,9 @@ def test_rows_that_the_warehouse_lacks(database: Database, lake: Lake) -> None:
     sync(database, lake)
     with duckdb.connect(str(lake.warehouse)) as meddler:
         meddler.execute("DELETE FROM public.t WHERE id < 3; DELETE FROM public.whole WHERE id = 1")
-    transactions(database, "UPDATE t SET v = 'back' WHERE id = 1", "DELETE FROM t WHERE id = 2", "DELETE FROM whole WHERE id = 1")
+    transactions(
+        database, "UPDATE t SET v = 'back' WHERE id = 1", "DELETE FROM t WHERE id = 2", "DELETE FROM whole WHERE id = 1"
+    )
     sync(database, lake)
     agree(database, lake, {"public.t": ["id"]})
     state, reason = table_state(lake, "public.whole")
@@ -493,10 +504,13 @@ def test_many_small_transactions(database: Database, lake: Lake) -> None:
 def test_one_transaction_over_many_tables(database: Database, lake: Lake) -> None:
     """C17: one transaction that writes to 50 tables, of which some are new to the stream and some are emptied."""
     names = [f"t{i}" for i in range(50)]
-    database.execute("".join(f"CREATE TABLE {n} (id int PRIMARY KEY, v text); INSERT INTO {n} VALUES (1, 'a');" for n in names))
+    database.execute(
+        "".join(f"CREATE TABLE {n} (id int PRIMARY KEY, v text); INSERT INTO {n} VALUES (1, 'a');" for n in names)
+    )
     sync(database, lake)
     writes = [
-        f"INSERT INTO {n} VALUES (2, '{n}'); UPDATE {n} SET v = 'b' WHERE id = 1;" + (f"TRUNCATE {n};" if i % 7 == 0 else "")
+        f"INSERT INTO {n} VALUES (2, '{n}'); UPDATE {n} SET v = 'b' WHERE id = 1;"
+        + (f"TRUNCATE {n};" if i % 7 == 0 else "")
         for i, n in enumerate(names)
     ]
     database.execute("".join(writes) + "INSERT INTO t0 VALUES (9, 'the last')")
@@ -652,7 +666,11 @@ def test_a_truncate_ignores_the_row_filter(database: Database, lake: Lake) -> No
     assert operations(lake, "public.t") == "IDI"
     transactions(database, "TRUNCATE t", "INSERT INTO t VALUES (4, 'hidden'), (14, 'seen')")
     sync(database, lake, publication="theirs")
-    assert mirrored_rows(database, lake, "public.t") == source_rows(database, "public.t", "id > 10") == Counter([(14, "seen")])
+    assert (
+        mirrored_rows(database, lake, "public.t")
+        == source_rows(database, "public.t", "id > 10")
+        == Counter([(14, "seen")])
+    )
 
 
 SEED = 20240229
@@ -723,7 +741,14 @@ def test_batches_make_no_difference(database: Database, lake: Lake) -> None:
     for size, other in lakes.items():
         sync(database, other, slot=f"by_{size}", flush_rows=size)
         agree(database, other, tables)
-        logs[size] = [log(other, table, "SELECT * REPLACE (_commit_ts::VARCHAR AS _commit_ts) FROM log WHERE _seq > 0 ORDER BY _lsn, _seq") for table in tables]
+        logs[size] = [
+            log(
+                other,
+                table,
+                "SELECT * REPLACE (_commit_ts::VARCHAR AS _commit_ts) FROM log WHERE _seq > 0 ORDER BY _lsn, _seq",
+            )
+            for table in tables
+        ]
     assert len(logs["1"][0]) > 50
     assert all(logs[size] == logs["1"] for size in sizes)
     files = [warehouse_rows(other, "SELECT count(*) FROM _cdc.files")[0] for other in lakes.values()]
@@ -735,7 +760,10 @@ def test_batches_make_no_difference(database: Database, lake: Lake) -> None:
 def test_readers_see_whole_transactions(database: Database, lake: Lake) -> None:
     """L4: who opens the warehouse while it is written sees all of a transaction over several tables, or nothing."""
     database.execute(
-        "".join(f"CREATE TABLE {n} (id int PRIMARY KEY, n int); INSERT INTO {n} SELECT i, 0 FROM generate_series(1, 20) i;" for n in "abc")
+        "".join(
+            f"CREATE TABLE {n} (id int PRIMARY KEY, n int); INSERT INTO {n} SELECT i, 0 FROM generate_series(1, 20) i;"
+            for n in "abc"
+        )
     )
     query = "SELECT DISTINCT n FROM (FROM public.a UNION ALL FROM public.b UNION ALL FROM public.c)"
     reads = 0
@@ -761,3 +789,32 @@ def test_readers_see_whole_transactions(database: Database, lake: Lake) -> None:
         lake, "SELECT max(n) FROM (SELECT count(*) AS n FROM _cdc.files WHERE table_name = 'a' GROUP BY last_lsn)"
     )
     assert pieces > 1  # the transactions did come in pieces
+
+
+@only_18
+def test_a_column_called_rowid(database: Database, lake: Lake) -> None:
+    """C10, B3: a column that hides DuckDB's own row numbers must not decide which row a delete takes."""
+    database.execute(
+        """
+        CREATE TABLE keyed ("RowID" int PRIMARY KEY, v text);
+        CREATE TABLE whole (rowid int, v text);
+        ALTER TABLE whole REPLICA IDENTITY FULL;
+        INSERT INTO keyed VALUES (1, 'a'), (2, 'b');
+        INSERT INTO whole VALUES (1, 'a'), (1, 'a'), (1, 'b'), (NULL, 'c')
+        """
+    )
+    sync(database, lake)
+    transactions(
+        database,
+        'UPDATE keyed SET v = \'c\' WHERE "RowID" = 1; DELETE FROM keyed WHERE "RowID" = 2',
+        "DELETE FROM whole WHERE ctid = (SELECT min(ctid) FROM whole)",
+        "UPDATE whole SET v = 'd' WHERE rowid IS NULL",
+    )
+    sync(database, lake)
+    agree(database, lake, {"public.keyed": ["RowID"]})
+    state, reason = table_state(lake, "public.whole")
+    assert (state, reason[:31]) == ("error", "column rowid of public.whole hi")
+    transactions(database, "ALTER TABLE whole RENAME rowid TO id", "DELETE FROM whole WHERE id = 1 AND v = 'a'")
+    assert run_cdc(lake, database.dsn, "resync", "public.whole").returncode == 0
+    sync(database, lake)
+    agree(database, lake, {"public.whole": []})

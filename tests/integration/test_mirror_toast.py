@@ -17,7 +17,6 @@ from tests.mirror import differences, run_cdc
 BIG = "repeat('{}', 3000)"
 
 
-
 def watch(database: Database) -> None:
     """From here on keep the stream for `unsent`."""
     database.execute("SELECT pg_create_logical_replication_slot('peek', 'pgoutput')")
@@ -170,7 +169,7 @@ def test_types_out_of_line(database: Database, lake: Lake) -> None:
     values = {
         "text[]": f"ARRAY[{BIG.format('x')}, NULL, '', 'NULL', '\"']",
         "int[]": "(SELECT array_agg(i * 1000003) FROM generate_series(1, 900) i)",
-        "json": f"('{{\"a\":  [1, 1.0], \"a\": \"' || {BIG.format('j')} || '\"}}')::json",
+        "json": f'(\'{{"a":  [1, 1.0], "a": "\' || {BIG.format("j")} || \'"}}\')::json',
         "jsonb": f"jsonb_build_object('k', {BIG.format('b')}, 'n', null, 'u', 'é😀')",
         "bytea": r"decode(repeat('00ff5c27', 800), 'hex')",
         "hstore": f"hstore(ARRAY['a', {BIG.format('h')}, 'b', NULL])",

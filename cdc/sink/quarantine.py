@@ -1,0 +1,146 @@
+"""Values that the type of their column cannot hold: NULL in the table, and as exact text in ``_cdc.quarantine``.
+
+An entry names the change (LSN and seq) by which a row came to hold the value, and its row by key, where it has one;
+`current` says whether the row still holds it. All of this takes a step per row, but only for tables that have such
+values. It is part of the transaction that applies the changes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+
+from cdc.errors import TableError
+from cdc.pgoutput.changes import TableChanges, Unfit
+from cdc.pgoutput.types import column_type
+from cdc.sink.checkpoint import Table
+from cdc.sink.rows import DELETE, Sources
+from cdc.sink.warehouse import Warehouse
+
+__all__ = ["forget_columns", "inherit", "record"]
+
+_HERE = "schema_name = ? AND table_name = ?"
+
+
+def inherit(warehouse: Warehouse, table: Table, changes: TableChanges, traced: Mapping[int, Sources]) -> None:
+    """Add to `changes.unfit` the unchanged values that were in quarantine before: they still do not fit.
+
+    Args:
+        traced: by column index, where the unchanged values of `changes` come from.
+    """
+    for index, sources in traced.items():
+        known = _texts(changes, index)
+        from_here = zip(sources.rows.tolist(), sources.donors.tolist(), strict=True)
+        found = {row: known[donor] for row, donor in from_here if donor in known}
+        absent = sources.donors < 0
+        if absent.any() and _has_current(warehouse, table):
+            keys = _key_texts(changes)
+            asked = {row: keys[at] for row, at in zip(sources.rows[absent], sources.keyed[absent], strict=True)}
+            stored = _current(warehouse, table, changes.relation.columns[index].name, set(asked.values()))
+            found |= {int(row): stored[key] for row, key in asked.items() if key in stored}
+        if found:
+            texts = dict(sorted((known | found).items()))
+            others = [unfit for unfit in changes.unfit if unfit.column != index]
+            changes.unfit[:] = [*others, Unfit(index, np.array(list(texts), np.int64), list(texts.values()))]
+
+
+def record(warehouse: Warehouse, table: Table, changes: TableChanges) -> None:
+    """Keep what of `changes` does not fit; what they replace or delete is no longer current.
+
+    Raises:
+        TableError: such a value is in a key column, which can hold no NULL.
+    """
+    has_current = _has_current(warehouse, table)
+    if not changes.unfit and not has_current:
+        return
+    _refuse_keys(table, changes)
+    keys = _key_texts(changes) if changes.relation.key else None
+    if has_current and keys is not None:
+        with warehouse.view("_touched", pa.table({"key": pa.array(sorted(set(keys)))})):
+            warehouse.execute(
+                f"UPDATE _cdc.quarantine SET current = false WHERE {_HERE} AND current "
+                "AND key IN (SELECT key FROM _touched)",
+                [table.schema, table.name],
+            )
+    newest = {text: row for row, text in enumerate(keys)} if keys is not None else {}
+    for unfit in changes.unfit:
+        name = changes.relation.columns[unfit.column].name
+        for row, text in zip(unfit.rows.tolist(), unfit.texts, strict=True):
+            # The row of a delete is what was; without a key every other row is there until one takes it.
+            current = changes.op[row] != DELETE and (keys is None or newest[keys[row]] == row)
+            warehouse.execute(
+                "INSERT INTO _cdc.quarantine VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                [
+                    *(table.schema, table.name, name, keys[row] if keys else None, text),
+                    *(int(changes.lsn[row]), int(changes.seq[row]), bool(current)),
+                ],
+            )
+        if keys is None:
+            gone = Counter(text for row, text in _texts(changes, unfit.column).items() if changes.op[row] == DELETE)
+            for text, count in gone.items():
+                _take(warehouse, table, name, text, count)
+
+
+def forget_columns(warehouse: Warehouse, table: Table, names: list[str]) -> None:
+    """The columns `names` are dropped: no row holds a value in them any more."""
+    for name in names:
+        warehouse.execute(
+            f"UPDATE _cdc.quarantine SET current = false WHERE {_HERE} AND column_name = ?",
+            [table.schema, table.name, name],
+        )
+
+
+def _has_current(warehouse: Warehouse, table: Table) -> bool:
+    sql = f"SELECT 1 FROM _cdc.quarantine WHERE {_HERE} AND current LIMIT 1"
+    return bool(warehouse.execute(sql, [table.schema, table.name]))
+
+
+def _current(warehouse: Warehouse, table: Table, name: str, keys: set[str]) -> dict[str, str]:
+    """Return, by key, the texts that the rows with these keys hold in column `name`."""
+    with warehouse.view("_asked", pa.table({"key": pa.array(sorted(keys), pa.string())})):
+        found = warehouse.execute(
+            f"SELECT key, value FROM _cdc.quarantine WHERE {_HERE} AND column_name = ? AND current "
+            "AND key IN (SELECT key FROM _asked)",
+            [table.schema, table.name, name],
+        )
+    return dict(found)
+
+
+def _take(warehouse: Warehouse, table: Table, name: str, text: str, count: int) -> None:
+    """Of the equal values of rows without a key, `count` are no longer held; which ones makes no difference."""
+    where = f"{_HERE} AND column_name = ? AND value = ? AND current"
+    warehouse.execute(
+        "UPDATE _cdc.quarantine SET current = false WHERE rowid IN "
+        f"(SELECT rowid FROM _cdc.quarantine WHERE {where} ORDER BY lsn, seq LIMIT {count})",
+        [table.schema, table.name, name, text],
+    )
+
+
+def _refuse_keys(table: Table, changes: TableChanges) -> None:
+    for unfit in changes.unfit:
+        if unfit.column in changes.relation.key:
+            column = changes.relation.columns[unfit.column]
+            kind = column_type(column.type_oid, column.typmod).duckdb
+            raise TableError(
+                f"key column {column.name} of {table} holds a value that {kind} cannot: a row would have no key",
+                table.oid,
+                "leave the table out with CDC_TABLES, or give the column a type with a smaller range",
+            )
+
+
+def _texts(changes: TableChanges, index: int) -> dict[int, str]:
+    """Return, by row, the texts of a column that do not fit."""
+    found = (unfit for unfit in changes.unfit if unfit.column == index)
+    return {row: text for unfit in found for row, text in zip(unfit.rows.tolist(), unfit.texts, strict=True)}
+
+
+def _key_texts(changes: TableChanges) -> list[str]:
+    """Return each row's key as a JSON object of texts."""
+    names = [changes.relation.columns[i].name for i in changes.relation.key]
+    columns = [changes.columns[i].to_pylist() for i in changes.relation.key]
+    rows_of_values = zip(*columns, strict=True)
+    return [json.dumps(dict(zip(names, map(str, values), strict=True))) for values in rows_of_values]

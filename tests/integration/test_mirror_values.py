@@ -1,0 +1,386 @@
+r"""Values of every everyday type, by copy, by insert and by update alike; and values that their type here cannot hold."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import psycopg
+
+from tests.conftest import Database, Lake
+from tests.integration.steps import agree, log, operations, quarantine, sync, table_state, transactions
+from tests.mirror import differences, mirrored_rows, run_cdc, warehouse_rows
+
+# Postgres type, DuckDB type, and values as SQL; NULL comes with each
+TYPES = [
+    ("bool", "BOOLEAN", ["true", "false"]),
+    ("int2", "SMALLINT", ["-32768", "32767", "0"]),
+    ("int4", "INTEGER", ["-2147483648", "2147483647", "0"]),
+    ("int8", "BIGINT", ["-9223372036854775808", "9223372036854775807", "0"]),
+    ("float4", "FLOAT", ["'NaN'", "'Infinity'", "'-Infinity'", "'-0'", "1.1", "3.4028235e38", "1e-45", "16777217"]),
+    ("float8", "DOUBLE", ["'NaN'", "'Infinity'", "'-Infinity'", "'-0'", "0.1", "1e-310", "1.7976931348623157e308"]),
+    ("numeric(12,4)", "DECIMAL(12,4)", ["1", "-0.0001", "99999999.9999", "0"]),
+    ("numeric(38,10)", "DECIMAL(38,10)", ["-1234567890123456789012345678.0123456789", "1e-10"]),
+    ("numeric(5,-2)", "VARCHAR", ["123456", "-100"]),
+    ("numeric(40,2)", "VARCHAR", ["12345678901234567890123456789012345678.90", "'NaN'"]),
+    ("numeric", "VARCHAR", ["1.000", "'NaN'", "'-Infinity'", "1e400", "1e-400", "-0.10"]),
+    ("text", "VARCHAR", [
+        "''", "' '", "'NULL'", r"'\N'", r"'\.'", "'it''s'", "'\"'", "'\"\"'", "','", "'a,\"b\"'", r"'back\slash\'",
+        r"E'line\nfeed\rreturn\r\nboth\ttab\x01\x7f'", r"E'\n'", r"E'\uFFFF\U0001F600e\u0301\u200d\u202e'",
+        "repeat('long ''\"\\ ', 3000)", "'%s {0} $1'",
+    ]),
+    ("varchar(10)", "VARCHAR", ["'ten chars '", "''"]),
+    ("char(6)", "VARCHAR", ["'a'", "'sixsix'", "''"]),
+    ('"char"', "VARCHAR", ["'x'", "''"]),
+    ("name", "VARCHAR", ["'pg_class'"]),
+    ("date", "DATE", ["'0001-01-01'", "'9999-12-31'", "'1582-10-10'", "'1969-12-31'", "'2024-02-29'"]),
+    ("time", "TIME", ["'00:00'", "'23:59:59.999999'", "'12:00:00.1'"]),
+    ("timestamp", "TIMESTAMP", [
+        "'0001-01-01'", "'9999-12-31 23:59:59.999999'", "'1969-12-31 23:59:59.999999'", "'2024-03-31 02:30:00.12'",
+    ]),
+    ("timestamptz", "TIMESTAMP WITH TIME ZONE", [
+        "'0001-01-01 00:00+00'", "'9999-12-31 23:59:59.999999+00'", "'2024-03-31 02:30:00.000001 Europe/Berlin'",
+        "'1883-11-18 12:03:57 America/New_York'",
+    ]),
+    ("uuid", "UUID", ["'00000000-0000-0000-0000-000000000000'", "'FFFFFFFF-ffff-4fff-bfff-ffffffffffff'"]),
+    ("json", "JSON", [
+        "'{\"b\" :  1, \"a\":1,\"a\":2}'", "'null'", "'\"\"'", r"""'"\ud83d\ude00\u0000"'""", "'1e400'", "'-0'",
+        "(repeat('[', 500) || repeat(']', 500))::json", "' [1 , 2]\n'", "'123456789012345678901234567890'",
+    ]),
+    ("jsonb", "JSON", ["'{\"b\": 1, \"a\": {\"c\": []}}'", "'null'", "'1e400'", "'\"é😀\"'", "'1.10'", "'{}'"]),
+    ("bytea", "BLOB", [r"'\x'", f"'\\x{bytes(range(256)).hex()}'", r"'\x5c783030'", r"decode(repeat('00', 9000), 'hex')"]),
+    ("mood", "VARCHAR", ["'sad'", "'so so'", "'größer 😀'"]),
+    ("int4[]", "VARCHAR", ["'{}'", "'{1,NULL,-3}'", "'{{1,2},{3,4}}'", "'[0:1]={1,2}'"]),
+    ("text[]", "VARCHAR", [r"""'{NULL,"NULL","a,b","q\"uote","back\\slash","{}",""," "}'""", "'{}'"]),
+    ("interval", "VARCHAR", ["'1 year 2 mons -3 days 04:05:06.7'", "'0'", "'-1 mons +2 days -00:00:00.000001'"]),
+    ("timetz", "VARCHAR", ["'12:00:00+05:30'", "'24:00:00-15:59:59'"]),
+    ("inet", "VARCHAR", ["'192.168.0.1/24'", "'2001:db8::/32'"]),
+    ("int4range", "VARCHAR", ["'empty'", "'[1,5)'", "'(,)'"]),
+    ("point", "VARCHAR", ["'(1e-300,Infinity)'"]),
+    ("oid", "VARCHAR", ["4294967295", "0"]),
+    ("bit(3)", "VARCHAR", ["B'101'"]),
+    ("tsvector", "VARCHAR", ["'a:1 b:2'"]),
+    ("pair", "VARCHAR", ["ROW(1, 'a,\"b\"')", "ROW(NULL, '')"]),
+    ("price", "VARCHAR", ["1.50", "-1"]),
+]  # fmt: skip
+
+
+def create(database: Database, table: str) -> list[str]:
+    """Create `table` with a column per type; return the rows that `TYPES` make, as lists of values in SQL."""
+    columns = ", ".join(f"c{number} {kind}" for number, (kind, _, _) in enumerate(TYPES))
+    transactions(
+        database,
+        "CREATE TYPE mood AS ENUM ('sad', 'so so', 'größer 😀')",
+        "CREATE TYPE pair AS (a int, b text)",
+        "CREATE DOMAIN price AS numeric(10,2)",
+        f"CREATE TABLE {table} (id int PRIMARY KEY, path text, {columns})",
+    )
+    rows = max(len(values) for _, _, values in TYPES)
+    return [", ".join(values[row] if row < len(values) else "NULL" for _, _, values in TYPES) for row in range(rows)]
+
+
+def test_values_by_every_path(database: Database, lake: Lake) -> None:
+    """A1 to A11, A13, A15 to A18, A20: copied, inserted, updated from NULL, and updated to NULL, all as Postgres has them."""
+    rows = create(database, "t")
+    columns = [f"c{number}" for number in range(len(TYPES))]
+
+    def insert(path: str, first: int, values: list[str]) -> None:
+        for number, row in enumerate(values):
+            database.execute(f"INSERT INTO t VALUES ({first + number}, '{path}', {row})")
+
+    nulls = ", ".join(["NULL"] * len(TYPES))
+    insert("copied", 0, rows)
+    insert("set", 100, [nulls] * len(rows))
+    insert("cleared", 200, rows)
+    sync(database, lake)
+    insert("inserted", 300, rows)
+    for number in range(len(rows)):
+        picks = ", ".join(columns)
+        database.execute(
+            f"UPDATE t SET ({picks}) = (SELECT {picks} FROM t WHERE id = {number}) WHERE id = {100 + number}"
+        )
+    database.execute(f"UPDATE t SET ({', '.join(columns)}) = ROW({nulls}) WHERE path = 'cleared'")
+    sync(database, lake)
+    agree(database, lake, {"public.t": ["id"]})
+    count = len(rows)
+    assert operations(lake, "public.t") == "I" * count + "U" * 2 * count
+    assert log(lake, "public.t", "SELECT count(*) FROM log WHERE _op = 'S'") == [(3 * count,)]
+    kinds = warehouse_rows(
+        lake,
+        "SELECT data_type FROM duckdb_columns() WHERE schema_name = 'public' AND table_name = 't' ORDER BY column_index",
+    )
+    assert [kind for (kind,) in kinds] == ["INTEGER", "VARCHAR", *(duckdb for _, duckdb, _ in TYPES)]
+    assert quarantine(lake, "public.t") == []
+
+
+def test_values_in_a_session_of_other_settings(database: Database, lake: Lake) -> None:
+    """Trap 10, J19: what a role or database sets for its sessions changes nothing of the text that values come in."""
+    rows = create(database, "t")
+    transactions(
+        database,
+        *(
+            f'ALTER DATABASE "{database.name}" SET {setting}'
+            for setting in (
+                "datestyle = 'SQL, DMY'",
+                "intervalstyle = 'iso_8601'",
+                "timezone = 'Asia/Kathmandu'",
+                "bytea_output = 'escape'",
+                "extra_float_digits = -5",
+                "xmlbinary = 'hex'",
+                "search_path = 'nowhere'",
+                "default_transaction_read_only = 'on'",
+                "default_transaction_isolation = 'serializable'",
+                "statement_timeout = '30s'",
+            )
+        ),
+    )
+    writer = psycopg.connect(database.dsn, autocommit=True, options="-c default_transaction_read_only=off")
+    writer.execute("SET search_path = public")
+    for number, row in enumerate(rows):
+        writer.execute(f"INSERT INTO t VALUES ({number}, 'copied', {row})".encode())
+    assert writer.execute("SELECT '2024-02-29'::date::text, '\\x00'::bytea::text").fetchone() == ("29/02/2024", r"\000")
+    sync(database, lake)
+    for number, row in enumerate(rows):
+        writer.execute(f"INSERT INTO t VALUES ({100 + number}, 'inserted', {row})".encode())
+    writer.close()
+    sync(database, lake)
+    with psycopg.connect(database.dsn.rsplit("/", 1)[0] + "/postgres", autocommit=True) as connection:
+        connection.execute(f'ALTER DATABASE "{database.name}" RESET ALL'.encode())
+    agree(database, lake, {"public.t": ["id"]})
+
+
+UNFIT = {
+    "n": ("numeric(10,2)", ["'NaN'"]),
+    "ts": ("timestamp", ["'infinity'", "'-infinity'", "'294276-12-31 23:59:59.999999'", "'0044-03-15 12:00 BC'"]),
+    "tz": ("timestamptz", ["'infinity'", "'10000-01-01 00:00+00'", "'4713-01-01 00:00+00 BC'"]),
+    "d": ("date", ["'infinity'", "'-infinity'", "'5874897-12-31'", "'4713-01-01 BC'"]),
+    "tm": ("time", ["'24:00:00'"]),
+    "j": ("json", [r"""'"\ud800"'""", r"""'["\udc00", 1]'"""]),
+}
+
+
+def held(database: Database, ids: str = "true") -> Counter[tuple[Any, ...]]:
+    """Return (column, key, exact text) of each value of table t that does not fit; good values are those named below."""
+    names = list(UNFIT)
+    with psycopg.connect(database.dsn, options="-c timezone=UTC") as connection:
+        rows = connection.execute(
+            f"SELECT id, {', '.join(f'{name}::text' for name in names)} FROM t WHERE {ids}".encode()
+        ).fetchall()
+    return Counter(
+        (name, json.dumps({"id": str(key)}), value)
+        for key, *values in rows
+        for name, value in zip(names, values, strict=True)
+        if value is not None and value not in GOOD.values()
+    )
+
+
+GOOD = {
+    "n": "1.50",
+    "ts": "2024-02-29 12:00:00",
+    "tz": "2024-02-29 12:00:00+00",
+    "d": "2024-02-29",
+    "tm": "23:59:59",
+    "j": '{"a": 1}',
+}
+
+
+def current(lake: Lake, table: str = "public.t") -> Counter[tuple[Any, ...]]:
+    """Return (column, key, value) of what the quarantine says the rows still hold."""
+    return Counter(entry[:3] for entry in quarantine(lake, table) if entry[3])
+
+
+def test_values_that_do_not_fit(database: Database, lake: Lake) -> None:
+    """A3, A5 to A7, trap 9: by every path they are NULL in the table and, as exact text, in the quarantine."""
+    rows = max(len(values) for _, values in UNFIT.values())
+    picks = [
+        ", ".join(values[row] if row < len(values) else f"'{GOOD[name]}'" for name, (_, values) in UNFIT.items())
+        for row in range(rows)
+    ]
+    good = ", ".join(f"'{value}'" for value in GOOD.values())
+    database.execute(
+        f"CREATE TABLE t (id int PRIMARY KEY, {', '.join(f'{name} {kind}' for name, (kind, _) in UNFIT.items())})"
+    )
+    database.execute("".join(f"INSERT INTO t VALUES ({row}, {values});" for row, values in enumerate(picks)))
+    database.execute("".join(f"INSERT INTO t VALUES ({100 + row}, {good});" for row in range(rows)))
+    sync(database, lake)
+    bad = sum(len(values) for _, values in UNFIT.values())
+    assert current(lake) == held(database)
+    assert held(database).total() == bad
+    columns = ", ".join(UNFIT)
+    database.execute("".join(f"INSERT INTO t VALUES ({200 + row}, {values});" for row, values in enumerate(picks)))
+    for row in range(rows):
+        database.execute(
+            f"UPDATE t SET ({columns}) = (SELECT {columns} FROM t WHERE id = {row}) WHERE id = {100 + row}"
+        )
+    sync(database, lake)
+    assert current(lake) == held(database)
+    assert held(database).total() == 3 * bad
+    # NULL where it does not fit, the value where it does, by every path alike
+    texts = ", ".join(f"CAST({name} AS VARCHAR)" for name in UNFIT)
+    found = warehouse_rows(lake, f"SELECT id // 100, id % 100, {texts} FROM public.t ORDER BY id")
+    expected = [
+        tuple(None if row < len(values) else GOOD[name] for name, (_, values) in UNFIT.items()) for row in range(rows)
+    ]
+    assert found == [(path, row, *expected[row]) for path in range(3) for row in range(rows)]
+    # the history has the same NULLs, and the quarantine names the very change
+    assert log(
+        lake, "public.t", f"SELECT id // 100, id % 100, {texts} FROM log WHERE _op IN ('I', 'U') ORDER BY id"
+    ) == [(path, row, *expected[row]) for path in (1, 2) for row in range(rows)]
+    changes = log(lake, "public.t", "SELECT _lsn, _seq FROM log WHERE _op <> 'T' AND n IS NULL")
+    entries = warehouse_rows(lake, "SELECT lsn, seq FROM _cdc.quarantine WHERE column_name = 'n'")
+    assert sorted(changes) == sorted(entries)
+
+
+def test_what_the_rows_still_hold(database: Database, lake: Lake) -> None:
+    """Design: `current` follows the row, over updates, key changes, deletes, truncates and a new copy; in one batch too."""
+    database.execute(
+        "CREATE TABLE t (id int PRIMARY KEY, v text, n numeric(10,2), ts timestamp, tz timestamptz, d date, tm time, j json)"
+    )
+    database.execute("INSERT INTO t (id, n) SELECT i, 'NaN' FROM generate_series(1, 9) i")
+    sync(database, lake)
+    assert current(lake) == held(database)
+    transactions(
+        database,
+        "UPDATE t SET n = 1.50 WHERE id = 1",
+        "UPDATE t SET v = 'still NaN' WHERE id = 2",
+        "UPDATE t SET d = 'infinity', n = NULL WHERE id = 3",
+        "DELETE FROM t WHERE id = 4",
+        "UPDATE t SET id = 105 WHERE id = 5",
+        "UPDATE t SET id = 106 WHERE id = 6; INSERT INTO t (id, n) VALUES (6, 1.50)",
+        "UPDATE t SET id = 107 WHERE id = 7; UPDATE t SET id = 207, n = 1.50 WHERE id = 107",
+    )
+    sync(database, lake)
+    assert current(lake) == held(database)
+    assert held(database).total() == 6
+    # several values of one row in one batch: only the last is current
+    transactions(
+        database,
+        "UPDATE t SET d = '-infinity' WHERE id = 8; UPDATE t SET d = 'infinity' WHERE id = 8; UPDATE t SET n = 1.50 WHERE id = 8",
+        "INSERT INTO t (id, d) VALUES (20, 'infinity'); UPDATE t SET d = NULL WHERE id = 20",
+        "INSERT INTO t (id, d) VALUES (21, 'infinity'); DELETE FROM t WHERE id = 21",
+        "INSERT INTO t (id, d) VALUES (22, 'infinity'); DELETE FROM t WHERE id = 22; INSERT INTO t (id, d) VALUES (22, '-infinity')",
+    )
+    sync(database, lake)
+    assert current(lake) == held(database)
+    kept = [entry[2:] for entry in quarantine(lake, "public.t") if entry[:2] == ("d", '{"id": "8"}')]
+    assert kept == [("-infinity", False), ("infinity", False), ("infinity", True)]
+    # a new copy says what is there now
+    assert run_cdc(lake, database.dsn, "resync", "public.t").returncode == 0
+    transactions(database, "INSERT INTO t (id, n) VALUES (30, 'NaN')")
+    sync(database, lake)
+    assert current(lake) == held(database)
+    transactions(database, "UPDATE t SET n = 1.50 WHERE id = 30")
+    sync(database, lake)
+    assert current(lake) == held(database)
+    transactions(
+        database, "INSERT INTO t (id, n) VALUES (31, 'NaN'); TRUNCATE t; INSERT INTO t (id, n) VALUES (32, 'NaN')"
+    )
+    sync(database, lake)
+    assert current(lake) == held(database) == Counter([("n", '{"id": "32"}', "NaN")])
+    transactions(database, "TRUNCATE t")
+    sync(database, lake)
+    assert current(lake) == Counter()
+
+
+def test_what_is_out_of_line_and_does_not_fit(database: Database, lake: Lake) -> None:
+    """D1, D2, D4: a value in quarantine that an update does not send stays current, under its new key too."""
+    big = r"""('["\ud800", "' || repeat('x', 3000) || '"]')::json"""
+    database.execute(
+        "CREATE TABLE t (id int PRIMARY KEY, v text, n numeric(10,2), ts timestamp, tz timestamptz, d date, tm time, j json); "
+        "ALTER TABLE t ALTER j SET STORAGE EXTERNAL; "
+        f"INSERT INTO t (id, v, j) SELECT i, 'v', {big} FROM generate_series(1, 4) i"
+    )
+    sync(database, lake)
+    assert current(lake) == held(database)
+    transactions(
+        database,
+        "UPDATE t SET v = 'w' WHERE id = 1",
+        "UPDATE t SET v = 'x' WHERE id = 1",
+        "UPDATE t SET id = 102 WHERE id = 2",
+        f"INSERT INTO t (id, v, j) VALUES (5, 'v', {big})",
+        "UPDATE t SET v = 'w' WHERE id = 5",
+        "UPDATE t SET id = 105 WHERE id = 5",
+        f"UPDATE t SET j = {big} WHERE id = 3; UPDATE t SET v = 'w' WHERE id = 3",
+        "UPDATE t SET v = 'w' WHERE id = 4; UPDATE t SET j = '{\"a\": 1}' WHERE id = 4",
+    )
+    sync(database, lake)
+    assert current(lake) == held(database)
+    assert held(database).total() == 4
+    assert warehouse_rows(lake, "SELECT id FROM public.t WHERE j IS NOT NULL") == [(4,)]
+    transactions(database, "UPDATE t SET id = id + 1000", "UPDATE t SET j = NULL WHERE id = 1001")
+    sync(database, lake)
+    assert current(lake) == held(database)
+    assert held(database).total() == 3
+    # each change of the history that lost a value to the quarantine is named there
+    changes = log(
+        lake,
+        "public.t",
+        "SELECT _lsn, _seq FROM log WHERE _op IN ('I', 'U', 'S') AND j IS NULL AND NOT (_op = 'U' AND id = 1001)",
+    )
+    assert sorted(changes) == sorted(warehouse_rows(lake, "SELECT lsn, seq FROM _cdc.quarantine"))
+
+
+def test_values_that_do_not_fit_without_a_key(database: Database, lake: Lake) -> None:
+    """C8, C10: without a key there is nothing to name the row by, but what is there is told, one entry a row."""
+    database.execute(
+        """
+        CREATE TABLE bare (v text, d date);
+        CREATE TABLE whole (v text, d date);
+        ALTER TABLE whole REPLICA IDENTITY FULL;
+        INSERT INTO bare VALUES ('a', 'infinity');
+        INSERT INTO whole VALUES ('a', 'infinity'), ('a', 'infinity'), ('b', '-infinity'), ('c', NULL)
+        """
+    )
+    sync(database, lake)
+    transactions(
+        database,
+        "INSERT INTO bare VALUES ('a', 'infinity')",
+        "INSERT INTO whole VALUES ('d', 'infinity')",
+        "DELETE FROM whole WHERE ctid = (SELECT min(ctid) FROM whole WHERE v = 'a')",
+        "UPDATE whole SET d = '2024-02-29' WHERE v = 'b'",
+        "UPDATE whole SET v = 'e' WHERE v = 'd'",
+        "UPDATE whole SET d = 'infinity' WHERE v = 'c'",
+        "INSERT INTO whole VALUES ('f', 'infinity'); DELETE FROM whole WHERE v = 'f'",
+    )
+    sync(database, lake)
+    assert current(lake, "public.bare") == Counter({("d", None, "infinity"): 2})
+    assert mirrored_rows(database, lake, "public.whole") == Counter(
+        [("a", None), ("b", database.execute("SELECT '2024-02-29'::date")[0][0]), ("e", None), ("c", None)]
+    )
+    assert current(lake, "public.whole") == Counter({("d", None, "infinity"): 3})
+    transactions(database, "DELETE FROM whole WHERE d = 'infinity'")
+    sync(database, lake)
+    assert current(lake, "public.whole") == Counter()
+    assert mirrored_rows(database, lake, "public.whole").total() == 1
+
+
+def test_keys_that_do_not_fit(database: Database, lake: Lake) -> None:
+    """C7: a key that its type here cannot hold is an error of its table, in the copy and in the stream, and of no other."""
+    database.execute(
+        """
+        CREATE TABLE copied (d date PRIMARY KEY, v text);
+        CREATE TABLE streamed (d date PRIMARY KEY, v text);
+        CREATE TABLE fine (id int PRIMARY KEY, v text);
+        INSERT INTO copied VALUES ('infinity', 'a')
+        """
+    )
+    sync(database, lake)
+    state, reason = table_state(lake, "public.copied")
+    assert state == "error"
+    assert "key column d of public.copied holds a value that" in reason
+    transactions(
+        database,
+        "INSERT INTO streamed VALUES ('2024-02-29', 'a'), ('infinity', 'b'); INSERT INTO fine VALUES (1, 'a')",
+        "INSERT INTO fine VALUES (2, 'b')",
+    )
+    sync(database, lake)
+    state, reason = table_state(lake, "public.streamed")
+    assert state == "error"
+    assert "key column d of public.streamed holds a value that" in reason
+    agree(database, lake, {"public.fine": ["id"]})
+    transactions(database, "DELETE FROM streamed WHERE d = 'infinity'", "DELETE FROM copied")
+    assert run_cdc(lake, database.dsn, "resync", "public.streamed", "public.copied").returncode == 0
+    sync(database, lake)
+    assert differences(database, lake, "public.streamed", ["d"]) == ""
+    agree(database, lake, {"public.copied": ["d"], "public.streamed": ["d"], "public.fine": ["id"]})
