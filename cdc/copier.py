@@ -4,16 +4,15 @@ One thread drives it, and one per connection reads and decodes. What they make g
 copy is never more than a few chunks ahead of the sink. A copy whose connection breaks, or whose table is being altered,
 begins again by itself; nothing of it was visible.
 
-State: one copy at a time, owned by its thread until `Copied` or `CopyFailed` is in the queue.
+State: what it has written, until `Copied` is taken from its queue; then it is the taker's.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 import queue
+import secrets
 import threading
 from collections.abc import Callable, Sequence
 
@@ -21,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import stamina
 
-from cdc.errors import CdcError, ConnectionLost, TableError
+from cdc.errors import CdcError, ConnectionLost, SourceError, TableError
 from cdc.pgoutput.changes import Unfit
 from cdc.pgoutput.copy import decode_copy
 from cdc.pgoutput.messages import Column
@@ -34,7 +33,7 @@ from cdc.source.connection import connect
 from cdc.source.slot import Blocker
 from cdc.source.snapshot import CopyLimits, Snapshot, copy_table
 
-__all__ = ["Copied", "Copier", "CopyBegun", "CopyFailed", "CopyItem"]
+__all__ = ["Copied", "Copy", "CopyBegun", "CopyFailed", "CopyItem"]
 
 _PUT_S = 0.2
 
@@ -72,75 +71,74 @@ CopyItem = CopyBegun | CopiedChunk | Copied | CopyFailed
 
 
 class _Stopped(Exception):
-    """`Copier.stop` was called."""
+    """`Copy.stop` was called."""
 
 
-class Copier:
-    """Makes one copy at a time; `start` the next when the last has ended."""
+class Copy:
+    """One copy: `start` it, take its `items` until `Copied` or `CopyFailed`, or `stop` it.
+
+    Nothing is shared with another copy: one that was stopped and has not noticed yet can do no harm to the next.
+    """
 
     def __init__(
         self,
+        oid: int,
+        name: str,
         settings: Settings,
         publications: Sequence[str],
         history: History,
         waiting: Callable[[list[Blocker], float, str], None],
     ) -> None:
-        """Create one that does nothing yet.
+        """Create a copy of the table `name` that does nothing yet.
 
         Args:
-            waiting: told for whom a copy waits, for how many seconds by now, and of which table it is.
+            waiting: told for whom it waits, for how many seconds by now, and the table's name.
         """
+        self.oid = oid
         self.items: queue.Queue[CopyItem] = queue.Queue(maxsize=2)
+        self._name = name
         self._settings = settings
         self._publications = publications
         self._history = history
         self._waiting = waiting
         self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._run, name=f"cdc-copy-{oid}", daemon=True)
         self._lock = threading.Lock()
         self._rows = 0
         self._files: list[HistoryFile] = []
 
-    @property
-    def busy(self) -> bool:
-        """Whether a copy is being made, or has items left in the queue."""
-        return (self._thread is not None and self._thread.is_alive()) or not self.items.empty()
-
-    def start(self, oid: int, name: str) -> None:
-        """Begin the copy of the table with this OID; its changes are being kept already."""
-        self._thread = threading.Thread(target=self._run, args=[oid, name], name="cdc-copier", daemon=True)
+    def start(self) -> None:
+        """Begin; the table's changes are being kept already."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the copy in hand within a second or two; what it has written is removed."""
+    def stop(self, patience_s: float) -> None:
+        """End it, and wait so long for that; its thread removes what it has written."""
         self._stopping.set()
-        if self._thread is not None:
-            self._thread.join(2.0)
-            self._thread = None
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self.items.get_nowait()
-        self._forget()
+        if self._thread.ident is not None:
+            self._thread.join(patience_s)
 
-    def abandon(self) -> None:
-        """End the copy in hand, and be ready for the next."""
-        self.stop()
-        self._stopping = threading.Event()
-
-    def _run(self, oid: int, name: str) -> None:
+    def _run(self) -> None:
+        last: CopyItem
         try:
-            self._put(self._copy(oid, name))
+            last = self._copy()
         except _Stopped:
+            self._forget()
             return
         except CdcError as error:
-            self._put_last(CopyFailed(oid, error))
+            self._forget()
+            last = CopyFailed(self.oid, error)
         except Exception as bug:  # noqa: BLE001 -- whatever it is, the pipeline has to hear of it
-            self._put_last(CopyFailed(oid, CdcError(f"copy of {name} failed: {type(bug).__name__}: {bug}")))
+            self._forget()
+            last = CopyFailed(self.oid, CdcError(f"copy of {self._name} failed: {type(bug).__name__}: {bug}"))
+        try:
+            self._put(last)
+        except _Stopped:
+            self._forget()
 
-    def _copy(self, oid: int, name: str) -> Copied:
+    def _copy(self) -> Copied:
         limits = CopyLimits(self._settings.flush_rows, self._settings.flush_bytes, self._settings.threads)
         for attempt in stamina.retry_context(
-            on=ConnectionLost, attempts=None, timeout=None, wait_initial=0.2, wait_max=5.0
+            on=_worth_another_try, attempts=None, timeout=None, wait_initial=0.2, wait_max=5.0
         ):
             with attempt:
                 if self._stopping.is_set():
@@ -149,18 +147,19 @@ class Copier:
                 snapshot = copy_table(
                     self._settings.dsn,
                     self._publications,
-                    oid,
-                    f"{self._settings.slot[:40]}_copy_{os.getpid()}",
+                    self.oid,
+                    # Of its own at each try: the server may not have noticed yet that an earlier one was given up.
+                    f"{self._settings.slot[:40]}_copy_{secrets.token_hex(4)}",
                     limits,
-                    started=lambda snapshot: self._put(CopyBegun(oid, snapshot, _columns(snapshot))),
+                    started=lambda snapshot: self._put(CopyBegun(self.oid, snapshot, _columns(snapshot))),
                     rows=self._chunk,
-                    waiting=lambda blockers, waited_s: self._waiting(blockers, waited_s, name),
+                    waiting=lambda blockers, waited_s: self._waiting(blockers, waited_s, self._name),
                     stopping=self._stopping.is_set,
                 )
                 # A commit of our own behind L: on an idle server the stream would not soon go past L.
                 with connect(self._settings.dsn) as connection:
                     fence.emit(connection)
-        return Copied(oid, snapshot, _columns(snapshot), _key(snapshot), self._rows, tuple(self._files))
+        return Copied(self.oid, snapshot, _columns(snapshot), _key(snapshot), self._rows, tuple(self._files))
 
     def _chunk(self, snapshot: Snapshot, data: bytes, count: int) -> None:
         """Decode some rows, write them for the history, and put them. Runs in the workers' threads."""
@@ -189,7 +188,7 @@ class Copier:
         self._put(CopiedChunk(snapshot.definition.oid, rows, file, _quarantined(snapshot, rows, unfit, seq)))
 
     def _forget(self) -> None:
-        """Begin from nothing: remove the files of a copy that did not come to its end."""
+        """Begin from nothing: remove the files of a try that did not come to its end."""
         self._rows = 0
         files, self._files = self._files, []
         self._history.remove_temporary(files)
@@ -200,16 +199,14 @@ class Copier:
                 self.items.put(item, timeout=_PUT_S)
             except queue.Full:
                 continue
-            if isinstance(item, Copied):
-                self._files = []  # the sink's from here on
             return
         raise _Stopped
 
-    def _put_last(self, item: CopyFailed) -> None:
-        try:
-            self._put(item)
-        except _Stopped:
-            return
+
+def _worth_another_try(error: Exception) -> bool:
+    """Whether a copy begins again by itself: the connection broke, or the server has no room for it just now."""
+    lost = isinstance(error, ConnectionLost)
+    return lost or (isinstance(error, SourceError) and error.sqlstate in ("42710", "53400"))
 
 
 def _columns(snapshot: Snapshot) -> tuple[StoredColumn, ...]:

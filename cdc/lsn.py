@@ -6,7 +6,11 @@ Source: PostgreSQL manual, "pg_lsn Type".
 
 from __future__ import annotations
 
+import re
+
 __all__ = ["format_lsn", "parse_lsn"]
+
+_LSN = re.compile("([0-9A-Fa-f]{1,8})/([0-9A-Fa-f]{1,8})")
 
 
 def parse_lsn(text: str) -> int:
@@ -15,10 +19,10 @@ def parse_lsn(text: str) -> int:
     Raises:
         ValueError: `text` is not an LSN.
     """
-    high, slash, low = text.partition("/")
-    if not slash or not 1 <= len(high) <= 8 or not 1 <= len(low) <= 8:
+    found = _LSN.fullmatch(text)
+    if found is None:
         raise ValueError(f"not an LSN: {text!r}")
-    return (int(high, 16) << 32) | int(low, 16)
+    return (int(found[1], 16) << 32) | int(found[2], 16)
 
 
 def format_lsn(lsn: int) -> str:

@@ -17,14 +17,13 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
 
 import duckdb
 import stamina
 
-from cdc.copier import Copied, Copier, CopyBegun, CopyFailed, CopyItem
-from cdc.errors import CdcError, ConnectionLost, SinkError, TableError, WarehouseBusy
+from cdc.copies import Copies, Observer, storage
+from cdc.errors import ConnectionLost, TableError, WarehouseBusy
 from cdc.failpoints import reach
 from cdc.lsn import format_lsn
 from cdc.pgoutput.decoder import Decoder
@@ -33,15 +32,15 @@ from cdc.settings import Settings
 from cdc.sink.checkpoint import Table
 from cdc.sink.history import History
 from cdc.sink.schema import LiveColumn, LiveTable
-from cdc.sink.sink import CopiedChunk, Resync, Sink
+from cdc.sink.sink import Resync, Sink
 from cdc.sink.warehouse import ConsumerLock, Warehouse
 from cdc.source import catalog, fence
 from cdc.source.catalog import PublishedTable
 from cdc.source.connection import connect
-from cdc.source.slot import Blocker
+from cdc.source.slot import Blocker, Slot
 from cdc.source.stream import NEVER, Idle, Item, Limits, Receiver, StreamEnded
 from cdc.source.watcher import Watcher
-from cdc.startup import prepare, reconcile
+from cdc.startup import check, prepare, reconcile
 
 __all__ = ["Observer", "Pipeline"]
 
@@ -54,29 +53,6 @@ QUEUE_BATCHES = 2
 _TICK_S = 0.2
 _COPY_TICK_S = 0.01
 _BUSY_WARNING_S = 5.0
-
-
-class Observer(Protocol):
-    """Who is told what happens. Methods may be called from several threads."""
-
-    def event(self, name: str, **fields: Any) -> None:
-        """Something worth a line in the log."""
-
-    def progress(self, table: str, rows: int, done_bytes: int, total_bytes: int) -> None:
-        """A copy has come so far."""
-
-    def copied(self, table: str, rows: int) -> None:
-        """A copy is complete and streams from here on."""
-
-
-@dataclasses.dataclass(slots=True)
-class _Progress:
-    """How far the copy in hand has come; sizes in bytes, `total_bytes` that of the table in Postgres, an estimate."""
-
-    table: str
-    total_bytes: int
-    rows: int = 0
-    bytes: int = 0
 
 
 class Stopped(Exception):
@@ -102,6 +78,7 @@ class Pipeline:
         )
         self._limits = Limits(settings.flush_rows, settings.flush_bytes, settings.flush_interval)
         self._publications: tuple[str, ...] = ()
+        self._copies: Copies | None = None
         self._stopping = False
         self._interruptible = False
         self._deadline: threading.Timer | None = None
@@ -111,9 +88,9 @@ class Pipeline:
         self._inbox: queue.Queue[Item] = queue.Queue(QUEUE_BATCHES)
         self._receiver: Receiver | None = None
         self._decoder = Decoder(0)
-        # Of the copy in hand: what has been copied and waits for the checkpoint to reach its LSN.
-        self._copied: Copied | None = None
-        self._progress = _Progress("", 0)
+        # By the fence that follows it: what was published then. Tables that are gone from it are so in the stream, too,
+        # once the fence has come; until then their last changes may still be on their way.
+        self._fences: dict[bytes, list[PublishedTable]] = {}
 
     # From outside
 
@@ -154,10 +131,13 @@ class Pipeline:
 
     def _run(self, *, once: bool, fresh: bool) -> None:
         with self._interruption():
-            self._publications = prepare(self._settings, self._sink, self._waiting_for_slot, fresh=fresh)
-        copier = Copier(self._settings, self._publications, self._history, self._waiting_for_slot)
-        watcher = Watcher(self._settings.dsn, self._settings.publication, self._settings.tables)
-        wanted: bytes | None = None
+            self._publications = prepare(
+                self._settings, self._sink, self._waiting_for_slot, self._slot_in_use, fresh=fresh, once=once
+            )
+        self._take_marks()
+        copies = Copies(self._settings, self._publications, self._sink, self._observer, self._waiting_for_slot)
+        self._copies = copies
+        watcher = Watcher(self._settings.dsn, self._publications, self._settings.tables)
         try:
             self._connect()
             self._observer.event(
@@ -166,36 +146,37 @@ class Pipeline:
                 position=format_lsn(self._sink.position),
                 tables=len(self._sink.ledger.tables),
             )
-            if once:
-                with connect(self._settings.dsn) as connection:
-                    wanted = fence.emit(connection)
-            else:
+            self._fence()
+            if not once:
                 watcher.start()
-            while not (once and wanted is None and not self._copying(copier)):
+            while not (once and not self._fences and not copies.unfinished):
                 if self._stopping:
-                    copier.stop()
+                    watcher.stop()
+                    copies.stop()
                     self._drain()
                     break
-                item = self._next(copier)
-                if item is not None and wanted in self._handle(item):
-                    wanted = None
+                item = self._next(copies)
+                if item is not None:
+                    self._pass_fences(self._handle(item))
                 if not self._warehouse.in_transaction:
                     self._reconcile(watcher.latest())
-                    self._copies(copier)
-                if self._inbox.empty() and copier.items.empty() and not _backlogged(item):
+                    copies.step(self._acquire)
+                if self._receiver is not None:
+                    self._receiver.wanted = NEVER if copies.wanted is None else copies.wanted
+                if self._inbox.empty() and not copies.ready and not _backlogged(item):
                     self._sink.release()
         finally:
             watcher.stop()
-            copier.stop()
+            copies.stop()
             self._disconnect()
             if self._warehouse.in_transaction:
                 self._sink.rollback()
 
-    def _next(self, copier: Copier) -> Item | None:
+    def _next(self, copies: Copies) -> Item | None:
         try:
-            if not copier.items.empty() and not self._warehouse.in_transaction:
+            if copies.ready and not self._warehouse.in_transaction:
                 return self._inbox.get_nowait()
-            return self._inbox.get(timeout=_COPY_TICK_S if copier.busy else _TICK_S)
+            return self._inbox.get(timeout=_COPY_TICK_S if copies.active else _TICK_S)
         except queue.Empty:
             return None
 
@@ -290,6 +271,7 @@ class Pipeline:
                         self._limits,
                         self._inbox,
                     )
+                    check(self._settings, self._sink.ledger.checkpoint)
                     receiver.connect()
         self._decoder = Decoder(self._sink.position)
         self._receiver = receiver
@@ -301,80 +283,49 @@ class Pipeline:
             self._receiver.join(2.0)
             self._receiver = None
 
-    # Tables and copies
+    # Tables
+
+    def _fence(self) -> None:
+        """Ask what is published, and mark the place in the stream from which on that holds."""
+        with connect(self._settings.dsn) as connection:
+            published = catalog.published(connection, self._publications)
+            self._fences[fence.emit(connection)] = published
+
+    def _pass_fences(self, contents: set[bytes]) -> None:
+        """The stream has come past these fences: what was gone by then is gone."""
+        for token in contents & self._fences.keys():
+            self._change(reconcile(self._sink.ledger.tables.values(), self._fences.pop(token), gone=True))
 
     def _reconcile(self, published: list[PublishedTable] | None) -> None:
+        """Take in what a poll has found."""
         if published is None:
             return
-        changed = reconcile(self._sink.ledger.tables.values(), published)
-        if changed:
-            self._acquire()
-            self._sink.write_tables(changed)
-            for table in changed:
-                self._observer.event("table", table=str(table), state=table.state, reason=table.reason)
+        self._change(reconcile(self._sink.ledger.tables.values(), published, gone=False))
+        if not self._fences and reconcile(self._sink.ledger.tables.values(), published, gone=True):
+            with contextlib.suppress(ConnectionLost):  # the next poll asks again
+                self._fence()
 
-    def _copying(self, copier: Copier) -> bool:
-        """Whether a table is being copied or waits to be."""
-        return copier.busy or self._copied is not None or self._waiting_table() is not None
+    def _take_marks(self) -> None:
+        """Begin what `cdc resync` has asked for."""
+        self._change([_again(self._sink.ledger.tables[oid]) for oid in self._sink.ledger.requested()])
 
-    def _waiting_table(self) -> Table | None:
-        tables = self._sink.ledger.tables.values()
-        return next((table for table in tables if table.state in ("pending", "resyncing", "copying")), None)
-
-    def _copies(self, copier: Copier) -> None:
-        """Take one thing that the copier has made; swap in a copy that the checkpoint has reached; begin the next."""
-        with contextlib.suppress(queue.Empty):  # no more than one: the stream has its turn between two
-            item = copier.items.get_nowait()
-            self._acquire()
-            try:
-                self._copy_item(item)
-            except TableError as error:
-                self._set_aside(error)
-                copier.abandon()
-        if self._copied is not None and self._sink.position >= self._copied.snapshot.lsn:
-            self._swap(self._copied)
-        if self._copied is None and not copier.busy and (table := self._waiting_table()) is not None:
-            self._acquire()
-            self._sink.begin_copy(table.oid)
-            copier.start(table.oid, str(table))
-            self._observer.event("copy", table=str(table))
-
-    def _copy_item(self, item: CopyItem) -> None:
-        match item:
-            case CopyBegun():
-                self._sink.begin_rows(item.oid, item.columns)
-                self._progress = _Progress(str(item.snapshot.published), item.snapshot.estimate_bytes)
-            case CopiedChunk():
-                self._sink.stage(item)
-                self._progress.rows += item.rows.num_rows
-                self._progress.bytes += item.rows.nbytes
-                done = self._progress
-                self._observer.progress(done.table, done.rows, done.bytes, done.total_bytes)
-            case Copied():
-                self._copied = item
-                if self._receiver is not None:
-                    self._receiver.wanted = item.snapshot.lsn
-            case CopyFailed():
-                raise _of_table(item)
-
-    def _swap(self, copied: Copied) -> None:
+    def _change(self, changed: Sequence[Table]) -> None:
+        """Write changed rows of ``_cdc.tables``; a copy that is under way for one of them is worth nothing now."""
+        if not changed:
+            return
         self._acquire()
-        self._copied = None
-        if self._receiver is not None:
-            self._receiver.wanted = NEVER
-        snapshot = copied.snapshot
-        try:
-            self._sink.swap(
-                copied.oid, snapshot.lsn, _storage(snapshot.definition), copied.columns, copied.key, copied.files
-            )
-        except ConnectionLost as error:  # the catalog was needed, to follow DDL
-            self._set_aside(Resync(f"the copy of {snapshot.published} begins again: {error}", copied.oid))
-        except TableError as error:
-            self._set_aside(error)
-        else:
-            self._observer.copied(str(snapshot.published), copied.rows)
+        for table in changed:
+            if self._copies is not None:
+                self._copies.drop(table.oid)
+            self._observer.event("table", table=str(table), state=table.state, reason=table.reason)
+        self._sink.write_tables(changed)
 
     def _set_aside(self, error: TableError) -> None:
+        """After an error in the stream of one table: put it into its state, so that the others can go on."""
+        known = self._sink.ledger.tables.get(error.oid)
+        if known is not None and known.state == "resyncing":
+            # No longer kept up to date, but its changes are still kept for the copy that is under way.
+            error = Resync(str(error), error.oid, error.hint)
         table = self._sink.set_aside(error)
         if table is None:
             raise error
@@ -388,7 +339,7 @@ class Pipeline:
         if definition is None or not published:
             return None
         return LiveTable(
-            _storage(definition),
+            storage(definition),
             tuple(
                 LiveColumn(a.name, a.type_oid, a.typmod, a.attnum, a.missing)
                 for a in definition.attributes
@@ -399,9 +350,9 @@ class Pipeline:
     # Waiting
 
     def _acquire(self) -> None:
-        for oid in self._sink.acquire():
-            table = self._sink.ledger.tables[oid]
-            self._observer.event("table", table=str(table), state=table.state, reason="cdc resync")
+        if not self._warehouse.held:
+            self._sink.acquire()
+            self._take_marks()
 
     def _waiting_for_warehouse(self, busy: WarehouseBusy, waited_s: float) -> None:
         if waited_s >= _BUSY_WARNING_S and time.monotonic() - self._warned_at >= _BUSY_WARNING_S:
@@ -416,6 +367,13 @@ class Pipeline:
             who = "; ".join(f"pid {b.pid}, {b.age_s:.0f} s old: {b.description}" for b in blockers[:3])
             self._observer.event(
                 "waiting for running transactions to end", table=table, waited_s=round(waited_s), transactions=who
+            )
+
+    def _slot_in_use(self, found: Slot, waited_s: float) -> None:
+        if waited_s >= _BUSY_WARNING_S and time.monotonic() - self._warned_at >= _BUSY_WARNING_S:
+            self._warned_at = time.monotonic()
+            self._observer.event(
+                "waiting for the replication slot", slot=found.name, used_by=found.active_pid, waited_s=round(waited_s)
             )
 
     @contextlib.contextmanager
@@ -435,12 +393,7 @@ def _backlogged(item: Item | None) -> bool:
     return isinstance(item, WireBatch) and item.full
 
 
-def _storage(definition: catalog.TableDefinition) -> str:
-    return ",".join(f"{oid}:{node}" for oid, node in definition.relfilenodes)
-
-
-def _of_table(failed: CopyFailed) -> CdcError:
-    """Return why a copy failed as an error of its table."""
-    if isinstance(failed.error, TableError | SinkError):
-        return failed.error
-    return TableError(str(failed.error), failed.oid, failed.error.hint)
+def _again(table: Table) -> Table:
+    """Return the row of a table that is to be copied anew: what is up to date stays so until the copy is complete."""
+    follows = table.state == "streaming" or (table.state == "resyncing" and not table.reason)
+    return dataclasses.replace(table, state="resyncing" if follows else "pending", reason="")

@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.errors import ProgrammingError
-from pydantic import BeforeValidator, Field, ValidationError
+from psycopg.conninfo import make_conninfo
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -25,6 +24,7 @@ from pydantic_settings import (
 )
 
 from cdc.errors import SettingsError
+from cdc.source.connection import read_dsn
 
 __all__ = ["Settings", "load"]
 
@@ -52,8 +52,20 @@ def _names(value: object) -> object:
     return value
 
 
+def _none(value: object) -> object:
+    return None if value == "" else value
+
+
+def _file(value: Path) -> Path:
+    if not value.name:  # '' is the folder we are in
+        raise ValueError("must be the path of a file, and is empty or a folder")
+    return value
+
+
 Size = Annotated[int, BeforeValidator(_bytes)]
 Duration = Annotated[float, BeforeValidator(_seconds)]
+File = Annotated[Path, AfterValidator(_file)]
+Folder = Annotated[Path | None, BeforeValidator(_none)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
 
 PREDECESSOR = {
@@ -80,9 +92,9 @@ class Settings(BaseSettings):
     )
 
     dsn: str = Field("", description="the source database: a URL or conninfo string, TLS options included")
-    warehouse: Path = Field(Path("lake/warehouse.duckdb"), description="the DuckDB database")
-    history: Path | None = Field(Path("lake/history"), description="folder of the Parquet change log; empty: none")
-    slot: str = Field("cdc", pattern=r"^[a-z0-9_]{1,63}$", description="the replication slot")
+    warehouse: File = Field(Path("lake/warehouse.duckdb"), description="the DuckDB database")
+    history: Folder = Field(Path("lake/history"), description="folder of the Parquet change log; empty: none")
+    slot: str = Field("cdc", pattern=r"^[a-z0-9_]{1,63}$", description="the replication slot: a-z, 0-9 and _")
     publication: str = Field("cdc", min_length=1, max_length=56, description="the publication")
     tables: Annotated[
         Names, Field(description="schema.table names or patterns, by comma; empty: every user table")
@@ -94,8 +106,8 @@ class Settings(BaseSettings):
     flush_bytes: Annotated[Size, Field(ge=1, le=10**9, description="largest size of a batch")] = 64_000_000
     memory: Annotated[Size, Field(ge=64_000_000, description="DuckDB's memory limit")] = 512_000_000
     threads: int = Field(os.cpu_count() or 2, ge=1, le=1024, description="DuckDB's threads, and those of a copy")
-    tmp: Path | None = Field(None, description="DuckDB's folder for spilling; default: beside the warehouse")
-    deletes: Literal["hard", "soft"] = Field("hard", description="soft: deleted rows stay, with _deleted_at")
+    tmp: Folder = Field(None, description="DuckDB's folder for spilling; default: beside the warehouse")
+    deletes: Literal["hard", "soft"] = Field("hard", description="hard: deleted rows go; soft: they stay")
 
     @classmethod
     def settings_customise_sources(
@@ -121,26 +133,16 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> S
     """
     _refuse_unknown(environ)
     values = dict(flags)
-    if environ.get("CDC_HISTORY") == "":
-        values.setdefault("history", None)
     for name, value in _predecessor(environ).items():
         if f"CDC_{name.upper()}" not in environ:
             values.setdefault(name, value)
-    if values.get("history") == "":
-        values["history"] = None
     try:
         settings = Settings(**values)
     except ValidationError as error:
         raise _explain(error) from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise SettingsError(f"cdc.toml cannot be read: {error}", "mend the file, or take it away") from None
-    try:
-        conninfo_to_dict(settings.dsn)
-    except ProgrammingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SettingsError(
-            f"CDC_DSN is no connection string: {reason}", "write it as postgresql://user@host:5432/database"
-        ) from None
+    read_dsn(settings.dsn)
     return settings
 
 
@@ -180,8 +182,12 @@ def _explain(error: ValidationError) -> SettingsError:
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
-        return SettingsError(f"unknown setting {name} in cdc.toml", _suggestion(name, list(Settings.model_fields)))
-    reason = first["msg"].removeprefix("Value error, ")
+        asked = name.lower().removeprefix("cdc_")
+        return SettingsError(f"unknown setting {name} in cdc.toml", _suggestion(asked, list(Settings.model_fields)))
+    if first["type"] == "value_error":  # one of ours, above
+        reason = first["msg"].removeprefix("Value error, ")
+    else:
+        must = re.sub("^(Input|String) should ", "must ", first["msg"].split(", unable", 1)[0])
+        reason = must if name == "dsn" else f"{must}, and is {first['input']!r}"  # a DSN may hold a password
     field = Settings.model_fields.get(name)
-    description = field.description if field else None
-    return SettingsError(f"CDC_{name.upper()}: {reason}", f"it is {description}" if description else "")
+    return SettingsError(f"CDC_{name.upper()}: {reason}", f"what it means: {field.description if field else 'unknown'}")

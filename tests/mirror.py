@@ -226,7 +226,7 @@ def source_rows(database: Database, table: str, where: str = "true") -> Counter[
         query = sql.SQL("SELECT {} FROM {} WHERE {}").format(
             sql.SQL(", ").join(c.pick for c in columns),
             sql.Identifier(schema, name),
-            sql.SQL(where),  # type: ignore[arg-type]
+            sql.SQL(where),
         )
         return Counter(map(_plain, connection.execute(query, binary=False)))
 
@@ -309,7 +309,7 @@ def differences(database: Database, lake: Lake, table: str, key: Sequence[str] |
 
 def status(lake: Lake, dsn: str, **settings: str) -> Any:
     """Return `cdc status --json`."""
-    done = run_cdc(lake, dsn, "status", "--json", **settings)
+    done = run_cdc(lake, dsn, "status", "--json", timeout_s=100.0, **settings)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from typing import NoReturn
 
 import click
 
@@ -40,24 +42,37 @@ for command in (demo, setup, check, run, status, query, resync, teardown):
 
 def main() -> None:
     """Run the command line of this process."""
-    debug = "--debug" in sys.argv
+    # Wherever it stands: it is thought of when a command has failed, and added at its end.
+    debug = "--debug" in sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        cdc.main(standalone_mode=False)
+        cdc.main(arguments, prog_name="cdc", standalone_mode=False)
     except CdcError as error:
         if debug:
-            raise
-        click.echo(f"error: {error}", err=True)
-        if error.hint:
-            click.echo(f"hint: {error.hint}", err=True)
-        sys.exit(error.exit_status)
+            traceback.print_exc()
+        _fail(str(error), error.hint, error.exit_status)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)
+    except click.ClickException as error:
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        _fail(error.format_message(), f"see `{context.command_path if context else 'cdc'} --help`", 2)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BrokenPipeError:
         # Whoever read our output has had enough; there is nobody to tell. Python would complain at exit otherwise.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except Exception as bug:  # noqa: BLE001 -- one line for a bug, too
+        if debug:
+            traceback.print_exc()
+        _fail(f"{type(bug).__name__}: {bug}", "this is a bug in cdc: run it again with --debug, and report that", 1)
+
+
+def _fail(message: str, hint: str, status: int) -> NoReturn:
+    """End the process with one line of error and one of hint."""
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    click.echo(f"hint: {' '.join(hint.split()) or 'run it again with --debug to see where it failed'}", err=True)
+    sys.exit(status)

@@ -10,11 +10,18 @@ from pathlib import Path
 import click
 
 from cdc.cli.options import with_settings
+from cdc.errors import CdcError, WarehouseBusy
 from cdc.settings import Settings
-from cdc.source.connection import connect, connect_replication
+from cdc.sink.checkpoint import Checkpoint
+from cdc.sink.warehouse import open_for_reading
+from cdc.source import slot
+from cdc.source.connection import Connection, connect, connect_replication
 from cdc.source.preflight import Expected, Finding, findings
+from cdc.startup import refuse
 
 __all__ = ["check"]
+
+PATIENCE_S = 10.0
 
 
 @click.command()
@@ -27,8 +34,8 @@ def check(settings: Settings) -> None:
     found = list(_paths(settings))
     with connect(settings.dsn) as connection:
         found += findings(connection, Expected(settings.slot, settings.publication, settings.tables))
-    if not any(finding.level == "error" for finding in found):
-        connect_replication(settings.dsn).finish()  # pg_hba.conf and poolers treat it differently
+        if not any(finding.level == "error" for finding in found):
+            found += _warehouse(settings, connection)
     for finding in found:
         click.echo(f"{finding.level}: {finding.message}")
         if finding.hint:
@@ -36,6 +43,34 @@ def check(settings: Settings) -> None:
     if found:
         sys.exit(3)
     click.echo("nothing stands in the way")
+
+
+def _warehouse(settings: Settings, connection: Connection) -> Iterator[Finding]:
+    """Look whether slot, warehouse and history belong together."""
+    replication = connect_replication(settings.dsn)  # pg_hba.conf and poolers treat it differently
+    try:
+        system = slot.identify(replication)
+    finally:
+        replication.finish()
+    try:
+        refuse(settings, _checkpoint(settings), system, slot.read(connection, settings.slot))
+    except WarehouseBusy as busy:
+        yield Finding("warning", str(busy), busy.hint)
+    except CdcError as error:
+        yield Finding("error", str(error), error.hint)
+
+
+def _checkpoint(settings: Settings) -> Checkpoint | None:
+    if not settings.warehouse.exists():
+        return None
+    connection = open_for_reading(settings.warehouse, PATIENCE_S)
+    try:
+        if not connection.execute("SELECT 1 FROM duckdb_tables() WHERE schema_name = '_cdc'").fetchall():
+            return None
+        query = "SELECT system_identifier, database, slot, publication, lsn FROM _cdc.checkpoint"
+        return Checkpoint(*connection.execute(query).fetchall()[0])
+    finally:
+        connection.close()
 
 
 def _paths(settings: Settings) -> Iterator[Finding]:

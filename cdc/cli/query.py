@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import sys
 
 import click
 import duckdb
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from cdc.cli.options import with_settings
 from cdc.errors import CdcError
 from cdc.settings import Settings
-from cdc.sink.warehouse import open_for_reading, quote
+from cdc.sink.warehouse import open_for_reading
 
 __all__ = ["query"]
 
@@ -52,25 +53,39 @@ def _run(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[list[str], li
     relation: duckdb.DuckDBPyRelation | None = connection.sql(sql)
     if relation is None:
         return [], []
-    names = list(relation.columns)
-    columns = [
-        quote(name) if str(kind) in _PLAIN else f"CAST({quote(name)} AS VARCHAR)"
-        for name, kind in zip(names, relation.types, strict=True)
+    # By numbers: a name may come twice.
+    numbered = [f"c{i}" for i in range(len(relation.columns))]
+    chosen = [
+        name if str(kind) in _PLAIN else f"CAST({name} AS VARCHAR)"
+        for name, kind in zip(numbered, relation.types, strict=True)
     ]
-    if len(set(names)) == len(names):  # a name that comes twice cannot be projected
-        relation = relation.project(", ".join(columns))
-    return names, relation.fetchall()
+    exact = relation.query("r", f"SELECT {', '.join(chosen)} FROM r AS r({', '.join(numbered)})")
+    return list(relation.columns), exact.fetchall() if exact is not None else []
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Return `names` with a number behind each that came before: JSON would keep the last one only."""
+    found: list[str] = []
+    for name in names:
+        again = (f"{name}_{i}" for i in itertools.count(1))
+        found.append(name if name not in found else next(other for other in again if other not in [*found, *names]))
+    return found
 
 
 def _print(form: str, names: list[str], rows: list[tuple[object, ...]]) -> None:
     if form == "json":
+        names = _distinct(names)
         click.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=2, default=str))
     elif form == "csv":
-        writer = csv.writer(sys.stdout)
+        writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(names)
-        writer.writerows(rows)
+        writer.writerows([_text(value) for value in row] for row in rows)
     else:
-        table = Table(*names)
+        table = Table(*(Column(name, overflow="fold") for name in names))
         for row in rows:
-            table.add_row(*("" if value is None else str(value) for value in row))
-        Console().print(table)
+            table.add_row(*map(_text, row))
+        Console(markup=False, emoji=False).print(table)  # data, however much of it looks like markup
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

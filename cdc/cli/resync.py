@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 
 import click
+import duckdb
 
 from cdc.cli.options import with_settings
 from cdc.errors import CdcError, SettingsError, StateError
 from cdc.settings import Settings
-from cdc.sink.checkpoint import Ledger, State, Table
-from cdc.sink.warehouse import Warehouse
+from cdc.sink.checkpoint import Checkpoint, Ledger, Table
+from cdc.sink.warehouse import Warehouse, explain
 from cdc.source import slot
-from cdc.source.connection import connect
+from cdc.source.connection import connect, connect_replication
+from cdc.startup import check_source, refuse_foreign
 
 __all__ = ["resync"]
 
@@ -23,7 +24,7 @@ PATIENCE_S = 60.0
 @click.command()
 @click.argument("tables", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="every table; makes a new slot too, if the old one is gone")
-@with_settings("dsn", "warehouse", "slot")
+@with_settings("dsn", "warehouse", "slot", "publication")
 def resync(settings: Settings, tables: tuple[str, ...], everything: bool) -> None:
     r"""Copy tables anew, while everything else streams on.
 
@@ -50,12 +51,12 @@ def resync(settings: Settings, tables: tuple[str, ...], everything: bool) -> Non
         chosen = _choose(ledger, tables)
         warehouse.begin()
         for table in chosen:
-            # What is up to date stays so until the new copy takes its place; what is not begins anew.
-            state: State = "resyncing" if table.state == "streaming" else "pending"
-            ledger.put(dataclasses.replace(table, state=state, reason=""))
-        if everything and _slot_is_of_no_use(settings, ledger.checkpoint.lsn):
+            ledger.request(table.oid)
+        if everything and _slot_is_of_no_use(settings, ledger.checkpoint):
             ledger.forget_position()
         warehouse.commit()
+    except duckdb.Error as error:
+        raise explain(error) from error
     finally:
         warehouse.release()
     click.echo(f"marked to be copied anew: {', '.join(map(str, chosen)) or 'nothing'}")
@@ -72,10 +73,20 @@ def _choose(ledger: Ledger, names: tuple[str, ...]) -> list[Table]:
     return [known[name] for name in names]
 
 
-def _slot_is_of_no_use(settings: Settings, lsn: int | None) -> bool:
+def _slot_is_of_no_use(settings: Settings, checkpoint: Checkpoint) -> bool:
     """Whether the slot no longer holds everything from the checkpoint on."""
+    replication = connect_replication(settings.dsn)
+    try:
+        system = slot.identify(replication)
+    finally:
+        replication.finish()
+    check_source(settings, checkpoint, system)
     with connect(settings.dsn) as connection:
         found = slot.read(connection, settings.slot)
-    if found is None or found.wal_status == "lost" or found.restart_lsn is None:
+    if found is None:
         return True
+    refuse_foreign(settings, found, system.dbname)
+    if found.wal_status == "lost" or found.restart_lsn is None:
+        return True
+    lsn = checkpoint.lsn
     return lsn is not None and found.confirmed_flush_lsn is not None and found.confirmed_flush_lsn > lsn

@@ -74,7 +74,7 @@ def _observer() -> Iterator[Log]:
     if not console.is_terminal:
         yield Log()
         return
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         yield Bars(progress)
 

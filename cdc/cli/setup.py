@@ -21,7 +21,7 @@ __all__ = ["setup"]
     show_default=True,
     help="who runs the server",
 )
-@click.option("--apply", is_flag=True, help="create and fill the publications now, as the role of the DSN")
+@click.option("--apply", is_flag=True, help="run it now, as the role of CDC_DSN")
 @with_settings("dsn", "publication", "tables")
 def setup(settings: Settings, role: str, service: str, apply: bool) -> None:
     r"""Print the SQL that the database's owner has to run once: settings, role, grants, publications.

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from cdc.cli.options import with_settings
 from cdc.errors import SinkError
@@ -125,7 +125,7 @@ def _lsn(value: int | None) -> str | None:
 
 
 def _print(found: dict[str, Any]) -> None:
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names, however much they look like markup
     now = dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     there, positions = found["slot"], found["positions"]
     facts = Table(title=f"cdc at {now}", show_header=False)
@@ -139,11 +139,12 @@ def _print(found: dict[str, Any]) -> None:
     for name in ("server", "received", "confirmed"):
         facts.add_row(name, str(positions[name] or "-"))
     lag_s = positions["lag_s"]
-    facts.add_row("lag", f"{_size(positions['lag_bytes'])}, {'-' if lag_s is None else f'{lag_s:.1f} s'}")
+    lag = "-" if positions["lag_bytes"] is None else _size(positions["lag_bytes"])
+    facts.add_row("lag", f"{lag}, {'-' if lag_s is None else f'{lag_s:.1f} s'}")
     if found["checkpoint"]:
         facts.add_row("checkpoint", f"{found['checkpoint']['lsn']}, {found['checkpoint']['commit_ts'] or '-'}")
     console.print(facts)
-    tables = Table("table", "state", "rows", "last change", "reason")
+    tables = Table(*(Column(name, overflow="fold") for name in ("table", "state", "rows", "last change", "reason")))
     for table in found["tables"]:
         rows = "-" if table["rows"] is None else f"{table['rows']:,}"
         name = f"{table['schema']}.{table['name']}"

@@ -22,6 +22,11 @@ def teardown(settings: Settings) -> None:
     """
     with connect(settings.dsn) as connection:
         found = slot.read(connection, settings.slot)
+        if found is not None and (why := found.foreign(connection.info.dbname)):
+            raise StateError(
+                f"replication slot {settings.slot} {why}: cdc did not make it",
+                "set CDC_DSN and CDC_SLOT to what the consumer used",
+            )
         if found is not None and found.active:
             raise StateError(
                 f"replication slot {settings.slot} is in use by process {found.active_pid} of the server",
@@ -30,5 +35,8 @@ def teardown(settings: Settings) -> None:
         if found is not None:
             slot.drop(connection, settings.slot)
             click.echo(f"dropped replication slot {settings.slot}")
-        for name in publication.drop(connection, settings.publication):
+        names = publication.drop(connection, settings.publication)
+        for name in names:
             click.echo(f"dropped publication {name}")
+        if found is None and not names:
+            click.echo("nothing of cdc was there")

@@ -10,7 +10,8 @@ same transaction, is what keeps that from happening.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import duckdb
 import numpy as np
@@ -27,7 +28,10 @@ from cdc.sink.history import as_log
 from cdc.sink.schema import DELETED_AT, folded
 from cdc.sink.warehouse import Warehouse, quote
 
-__all__ = ["apply", "insert"]
+__all__ = ["LOOK_UP_BYTES", "apply", "insert", "of_table"]
+
+LOOK_UP_BYTES = 64_000_000
+"""How much is looked up at once for unchanged values."""
 
 # Types that DuckDB's Arrow export gives back as something else than what the decoder makes of them.
 _AS_TEXT = ("JSON", "UUID")
@@ -46,17 +50,25 @@ def apply(
         TableError: this table cannot be brought to where Postgres has it.
     """
     work = _Work(warehouse, table, target)
-    try:
+    with of_table(table):
         for segment in rows.segments(changes):
             if segment.op[0] == rows.TRUNCATE:
                 work.truncate(int(segment.commit_ts[0]))
-            resolved = work.resolve(segment)
-            if log is not None:
-                names = [column.name for column in resolved.relation.columns]
-                meta = (resolved.op, resolved.lsn, resolved.seq, resolved.xid, resolved.commit_ts)
-                log(as_log(*meta, names, resolved.columns))
-            reach("mid_duck_apply")
-            work.write(resolved)
+            for part in work.bearable(segment):
+                resolved = work.resolve(part)
+                if log is not None:
+                    names = [column.name for column in resolved.relation.columns]
+                    meta = (resolved.op, resolved.lsn, resolved.seq, resolved.xid, resolved.commit_ts)
+                    log(as_log(*meta, names, resolved.columns))
+                reach("mid_duck_apply")
+                work.write(resolved)
+
+
+@contextlib.contextmanager
+def of_table(table: Table) -> Iterator[None]:
+    """Make what DuckDB holds against this one table's definition or values an error of this table."""
+    try:
+        yield
     except (duckdb.ProgrammingError, duckdb.DataError, duckdb.IntegrityError, duckdb.NotSupportedError) as error:
         reason = str(error).splitlines()[0]
         raise TableError(f"table {table} cannot be applied: {reason}", table.oid, f"cdc resync {table}") from error
@@ -84,6 +96,39 @@ class _Work:
             f"UPDATE _cdc.quarantine SET current = false WHERE {where} AND current",
             [self.table.schema, self.table.name],
         )
+
+    def bearable(self, changes: TableChanges) -> Iterator[TableChanges]:
+        """Cut `changes` so that what has to be looked up for each part fits into memory.
+
+        An unchanged value is one byte of the batch, whatever its size in the warehouse.
+        """
+        if not changes.unchanged or len(changes.op) == 1 or self._stored_bytes(changes) <= LOOK_UP_BYTES:
+            yield changes
+            return
+        parts = list(rows.halves(changes))
+        if len(parts) == 1:
+            yield changes
+            return
+        for part in parts:
+            yield from self.bearable(part)
+
+    def _stored_bytes(self, changes: TableChanges) -> int:
+        """Return about how much the unchanged values of `changes` are in the warehouse."""
+        asking = np.flatnonzero(np.logical_or.reduce(list(changes.unchanged.values())))
+        keyed = np.where(changes.op[asking] == rows.INSERT, asking - 1, asking)  # an I follows the D of the old key
+        sizes = [
+            f"coalesce({'octet_length' if _kind(changes, i) == 'BLOB' else 'strlen'}(t.{name}), 0)"
+            for i in changes.unchanged
+            if (name := quote(changes.relation.columns[i].name)) and _kind(changes, i) in ("VARCHAR", "BLOB", "JSON")
+        ]
+        if not sizes or not changes.relation.key:
+            return 0
+        with self.warehouse.view("_need", self._keys(changes, keyed)):
+            ((size,),) = self.warehouse.execute(
+                f"SELECT coalesce(sum({' + '.join(sizes)}), 0)::BIGINT FROM {self._keyed('_need', changes)} n "
+                f"JOIN {self.target} t ON {self._match(changes, 'n')}"
+            )
+        return int(size)
 
     def resolve(self, changes: TableChanges) -> TableChanges:
         """Return `changes` with every unchanged value filled in."""
@@ -171,7 +216,7 @@ class _Work:
             return
         if b"rowid" in folded(*(column.name for column in changes.relation.columns)):
             raise TableError(
-                f"column rowid of {self.table} hides DuckDB's row numbers, without which equal rows cannot be told apart",
+                f"column rowid of {self.table} hides DuckDB's row numbers, which tell equal rows apart",
                 self.table.oid,
                 "rename the column, or give the table a primary key in place of REPLICA IDENTITY FULL",
             )

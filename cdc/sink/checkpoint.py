@@ -47,7 +47,8 @@ CREATE TABLE _cdc.checkpoint (
 CREATE TABLE _cdc.tables (
     schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, oid UINTEGER NOT NULL, relfilenode VARCHAR NOT NULL,
     state VARCHAR NOT NULL, reason VARCHAR NOT NULL, copy_lsn UBIGINT, columns VARCHAR NOT NULL,
-    deletes VARCHAR NOT NULL, publication VARCHAR NOT NULL, last_change_ts TIMESTAMPTZ);
+    deletes VARCHAR NOT NULL, publication VARCHAR NOT NULL, last_change_ts TIMESTAMPTZ,
+    requested BOOLEAN NOT NULL DEFAULT false);
 CREATE TABLE _cdc.quarantine (
     schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, column_name VARCHAR NOT NULL, key VARCHAR,
     value VARCHAR NOT NULL, lsn UBIGINT NOT NULL, seq BIGINT NOT NULL, current BOOLEAN NOT NULL);
@@ -209,7 +210,7 @@ class Ledger:
         ]
         if not self._warehouse.execute(
             "UPDATE _cdc.tables SET schema_name = ?, table_name = ?, relfilenode = ?, state = ?, reason = ?, "
-            "copy_lsn = ?, columns = ?, deletes = ?, publication = ? WHERE oid = ? RETURNING 1",
+            "copy_lsn = ?, columns = ?, deletes = ?, publication = ?, requested = false WHERE oid = ? RETURNING 1",
             values,
         ):
             self._warehouse.execute(
@@ -232,16 +233,14 @@ class Ledger:
                 "UPDATE _cdc.tables SET last_change_ts = make_timestamptz(?) WHERE oid = ?", [commit_ts, oid]
             )
 
+    def request(self, oid: int) -> None:
+        """Mark a table to be copied anew, for the consumer: only that one changes states."""
+        self._warehouse.execute("UPDATE _cdc.tables SET requested = true WHERE oid = ?", [oid])
+
     def requested(self) -> list[int]:
-        """Return the OIDs of tables that `cdc resync` has marked since `load`, and take the marks over."""
-        rows = self._warehouse.execute(
-            "SELECT oid, state, reason FROM _cdc.tables WHERE state IN ('pending', 'resyncing')"
-        )
-        marked = [oid for oid, state, _ in rows if oid in self.tables and self.tables[oid].state != state]
-        for oid, state, reason in rows:
-            if oid in marked:
-                self.tables[oid] = dataclasses.replace(self.tables[oid], state=state, reason=reason)
-        return marked
+        """Return the OIDs of tables that are marked; `put` takes the mark away."""
+        rows = self._warehouse.execute("SELECT oid FROM _cdc.tables WHERE requested")
+        return [oid for (oid,) in rows if oid in self.tables]
 
     def record_files(self, files: Iterable[HistoryFile]) -> None:
         """Name `files` in the manifest."""

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from cdc.errors import SinkError
 from cdc.failpoints import reach
+from cdc.sink.warehouse import no_space
 
 __all__ = ["META", "History", "HistoryFile", "as_log"]
 
@@ -97,7 +98,7 @@ class History:
             probe = self.root / ".writable"
             probe.touch()
             probe.unlink()
-            left = {t: t.with_name(t.name.removesuffix(TEMPORARY)) for t in self.root.rglob("*" + TEMPORARY)}
+            left = {t: t.with_name(t.name.removesuffix(TEMPORARY)) for t in self.root.rglob("*.parquet" + TEMPORARY)}
             named = known([str(final.relative_to(self.root)) for final in left.values()])
             for temporary, final in left.items():
                 if str(final.relative_to(self.root)) in named:
@@ -207,7 +208,9 @@ def _explained(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SinkError(
-            f"history {root} cannot be written: {error.strerror or error}",
-            "free some space or give this user the right to write there; nothing was confirmed to Postgres",
-        ) from None
+        reason = "it is no folder" if isinstance(error, FileExistsError) else error.strerror or str(error)
+        if no_space(reason):
+            hint = "free some space on the disk; nothing was confirmed to Postgres, and the consumer goes on from there"
+        else:
+            hint = "give this user the right to write there, or set CDC_HISTORY; nothing was confirmed to Postgres"
+        raise SinkError(f"history {root} cannot be written: {reason}", hint) from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ from cdc.sink.checkpoint import Table
 from cdc.sink.rows import DELETE, Sources
 from cdc.sink.warehouse import Warehouse
 
-__all__ = ["forget_columns", "inherit", "record"]
+__all__ = ["forget_columns", "inherit", "key_sql", "record"]
 
 _HERE = "schema_name = ? AND table_name = ?"
 
@@ -144,3 +144,18 @@ def _key_texts(changes: TableChanges) -> list[str]:
     columns = [changes.columns[i].to_pylist() for i in changes.relation.key]
     rows_of_values = zip(*columns, strict=True)
     return [json.dumps(dict(zip(names, map(str, values), strict=True))) for values in rows_of_values]
+
+
+def key_sql(columns: Sequence[tuple[str, str]]) -> str:
+    """Return SQL for the key of a row of the warehouse, as `_key_texts` writes it.
+
+    Args:
+        columns: name and SQL value of each key column; none: the table has no key.
+    """
+    if not columns:
+        return "NULL"
+    parts = []
+    for name, value in columns:
+        head = (json.dumps(name) + ": ").replace("'", "''")
+        parts.append(f"'{head}' || CAST(to_json(CAST({value} AS VARCHAR)) AS VARCHAR)")
+    return "'{' || " + " || ', ' || ".join(parts) + " || '}'"

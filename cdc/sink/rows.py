@@ -24,7 +24,9 @@ __all__ = [
     "Collapsed",
     "Sources",
     "collapse",
+    "halves",
     "key_codes",
+    "part",
     "segments",
     "trace",
 ]
@@ -43,10 +45,21 @@ def segments(changes: TableChanges) -> Iterator[TableChanges]:
     edges = [0, *cuts.tolist(), len(changes.op)]
     for low, high in itertools.pairwise(edges):
         if high > low:
-            yield _slice(changes, low, high)
+            yield part(changes, low, high)
 
 
-def _slice(changes: TableChanges, low: int, high: int) -> TableChanges:
+def halves(changes: TableChanges) -> Iterator[TableChanges]:
+    """Cut `changes`, of two rows or more, about in the middle; the D and the I of one update stay together."""
+    middle = len(changes.op) // 2
+    while 0 < middle < len(changes.op) and changes.op[middle] == INSERT and changes.op[middle - 1] == DELETE:
+        middle += 1
+    for low, high in ((0, middle), (middle, len(changes.op))):
+        if high > low:
+            yield part(changes, low, high)
+
+
+def part(changes: TableChanges, low: int, high: int) -> TableChanges:
+    """Return the rows from `low` to below `high`."""
     unchanged = {i: mask[low:high] for i, mask in changes.unchanged.items() if mask[low:high].any()}
     unfit = []
     for found in changes.unfit:

@@ -26,11 +26,11 @@ from cdc.pgoutput.decoder import Decoded
 from cdc.pgoutput.messages import Relation
 from cdc.pgoutput.rows import RelationRows
 from cdc.sink import quarantine, schema
-from cdc.sink.apply import apply, insert
+from cdc.sink.apply import apply, insert, of_table
 from cdc.sink.checkpoint import Checkpoint, Ledger, State, StoredColumn, Table
 from cdc.sink.history import History, HistoryFile, as_log
 from cdc.sink.schema import DELETED_AT, LiveTable
-from cdc.sink.warehouse import Warehouse, quote
+from cdc.sink.warehouse import Warehouse, explain, quote
 
 __all__ = ["COPY_SEQ", "CopiedChunk", "Resync", "Sink"]
 
@@ -114,12 +114,9 @@ class Sink:
         self._alone(work)
         self.history.recover(self.ledger.known_files)
 
-    def acquire(self) -> list[int]:
-        """Take the warehouse if it is not held; return the OIDs of tables that `cdc resync` has marked meanwhile."""
-        if self.warehouse.held:
-            return []
+    def acquire(self) -> None:
+        """Take the warehouse if it is not held."""
         self.warehouse.acquire(self._waiting, self._give_up)
-        return self.ledger.requested() if self.ledger.checkpoint is not None else []
 
     def release(self) -> None:
         """Let others open the warehouse, unless a transaction is open."""
@@ -131,6 +128,18 @@ class Sink:
         """The checkpoint's LSN: all of what was committed before it is durable here."""
         checkpoint = self.ledger.checkpoint
         return 0 if checkpoint is None or checkpoint.lsn is None else checkpoint.lsn
+
+    def strangers(self, names: Iterable[tuple[str, str]]) -> list[str]:
+        """Return those of `names` (schema, table) that are taken by tables or views which are no copies of ours."""
+        ours = {schema.folded(t.schema, t.name) for t in self.ledger.tables.values() if t.copy_lsn is not None}
+        there = {
+            schema.folded(*row)
+            for row in self.warehouse.execute(
+                "SELECT schema_name, table_name FROM duckdb_tables() WHERE database_name = current_database() "
+                "UNION ALL SELECT schema_name, view_name FROM duckdb_views() WHERE database_name = current_database()"
+            )
+        }
+        return [".".join(name) for name in names if schema.folded(*name) in there - ours]
 
     # The stream
 
@@ -169,7 +178,10 @@ class Sink:
         self.history.discard()
         self._last_change = {}
         if self.warehouse.held:
-            self.ledger.load()
+            try:
+                self.ledger.load()
+            except duckdb.FatalException:  # after a failed checkpoint, say, the file has to be opened again
+                self.warehouse.release()
 
     def set_aside(self, error: TableError) -> Table | None:
         """After a rollback: put the table that failed into its state, so that the others can go on.
@@ -226,9 +238,10 @@ class Sink:
         if plan is None:
             raise Resync(f"the definition of {table} changed in a way that needs a new copy", table.oid)
         schema.refuse(table, plan.columns, soft=table.deletes == "soft", logged=self.history.root is not None)
-        for statement, parameters in plan.statements:
-            self.warehouse.execute(statement, parameters)
-            reach("during_ddl_apply")
+        with of_table(table):
+            for statement, parameters in plan.statements:
+                self.warehouse.execute(statement, parameters)
+                reach("during_ddl_apply")
         left = {column.attnum for column in plan.columns}
         quarantine.forget_columns(self.warehouse, table, [c.name for c in table.columns if c.attnum not in left])
         for change in plan.changes:
@@ -263,8 +276,9 @@ class Sink:
             self._refuse_namesake(table)
             soft = self._deletes == "soft"
             schema.refuse(table, columns, soft=soft, logged=self.history.root is not None)
-            self.warehouse.execute(f"CREATE SCHEMA IF NOT EXISTS {self.warehouse.name(table.schema)}")
-            self.warehouse.execute(schema.create_table(self._staging(table), columns, soft=soft))
+            with of_table(table):
+                self.warehouse.execute(f"CREATE SCHEMA IF NOT EXISTS {self.warehouse.name(table.schema)}")
+                self.warehouse.execute(schema.create_table(self._staging(table), columns, soft=soft))
             self.warehouse.execute(
                 "DELETE FROM _cdc.quarantine WHERE schema_name = ? AND table_name = ? AND lsn = 0",
                 [table.schema, table.name],
@@ -277,7 +291,8 @@ class Sink:
 
         def work() -> None:
             table = self.ledger.tables[chunk.oid]
-            insert(self.warehouse, self._staging(table), chunk.rows)
+            with of_table(table):
+                insert(self.warehouse, self._staging(table), chunk.rows)
             for name, key, text, seq in chunk.unfit:  # LSN 0: not known to be in the table until the swap
                 self.warehouse.execute(
                     "INSERT INTO _cdc.quarantine VALUES (?, ?, ?, ?, ?, 0, ?, false)",
@@ -310,6 +325,10 @@ class Sink:
 
         def work() -> None:
             old = self.ledger.tables[oid]
+            if old.state not in ("copying", "resyncing"):
+                raise SinkError(
+                    f"table {old} was copied, but its changes were not kept meanwhile", "please report this"
+                )
             new = dataclasses.replace(
                 old,
                 state="streaming",
@@ -321,7 +340,8 @@ class Sink:
             )
             staging, target = self._staging(old), self._target(old)
             if self._deletes == "soft":
-                self._carry_tombstones(old, staging, target, key)
+                with of_table(old):
+                    self._carry_tombstones(old, lsn, key)
             here = [old.schema, old.name]
             where = "schema_name = ? AND table_name = ?"
             # What was applied since L comes again below, from the buffer.
@@ -374,30 +394,55 @@ class Sink:
                     table.oid,
                     "rename one of them in Postgres, or leave it out with CDC_TABLES",
                 )
+        if self.strangers([(table.schema, table.name)]):
+            raise TableError(
+                f"DuckDB has a {table} that cdc did not make and would have to replace",
+                table.oid,
+                "rename it, or leave the table out with CDC_TABLES; then `cdc resync` the table",
+            )
 
-    def _carry_tombstones(self, table: Table, staging: str, target: str, key: Sequence[str]) -> None:
+    def _carry_tombstones(self, table: Table, lsn: int, key: Sequence[str]) -> None:
         """Copy soft-deleted rows into the staged copy, as far as their columns are still there.
 
-        What the old content has alive and the copy has not was deleted while nobody followed the table.
+        What the old content has alive and the copy has not was deleted while nobody followed the table. A value that
+        its column's new type cannot hold goes into quarantine.
         """
-        run = self.warehouse.execute
-        find = "SELECT column_name FROM duckdb_columns() WHERE schema_name = ? AND table_name = ?"
-        old = {name for (name,) in run(find, [table.schema, table.name])}
-        if DELETED_AT not in old or not old >= set(key):
+        staging, target = self._staging(table), self._target(table)
+        old, new = self._kinds(table.schema, table.name), self._kinds(table.schema, _staging_name(table))
+        if DELETED_AT not in old or not old.keys() >= set(key):
             return
-        shared = old - {DELETED_AT}
-        new = [name for (name,) in run(find, [table.schema, _staging_name(table)]) if name in shared]
-        names = ", ".join(quote(name) for name in new)
-        deleted = f"coalesce({quote(DELETED_AT)}, now())" if key else quote(DELETED_AT)
+        shared = {name: kind for name, kind in new.items() if name in old and name != DELETED_AT}
+        values = {
+            name: f"t.{quote(name)}" if old[name] == kind else f"TRY_CAST(t.{quote(name)} AS {kind})"
+            for name, kind in shared.items()
+        }
+        matched = " AND ".join(f"s.{quote(name)} = {values[name]}" for name in key)
         where = (
-            f"NOT EXISTS (SELECT 1 FROM {staging} s WHERE {' AND '.join(f's.{quote(k)} = t.{quote(k)}' for k in key)})"
-            if key
-            else f"{quote(DELETED_AT)} IS NOT NULL"
+            f"NOT EXISTS (SELECT 1 FROM {staging} s WHERE {matched})" if key else f"t.{quote(DELETED_AT)} IS NOT NULL"
         )
-        run(
+        at = f"coalesce(t.{quote(DELETED_AT)}, now())" if key else f"t.{quote(DELETED_AT)}"
+        names = ", ".join(map(quote, shared))
+        label = quarantine.key_sql([(name, values[name]) for name in key])
+        for name in shared:
+            if old[name] != new[name]:
+                self.warehouse.execute(
+                    f"INSERT INTO _cdc.quarantine SELECT ?, ?, ?, {label}, CAST(t.{quote(name)} AS VARCHAR), ?, ?, true "
+                    f"FROM {target} t WHERE {where} AND t.{quote(name)} IS NOT NULL AND {values[name]} IS NULL",
+                    [table.schema, table.name, name, lsn, COPY_SEQ],
+                )
+        self.warehouse.execute(
             f"INSERT INTO {staging} ({names}, {quote(DELETED_AT)}) "
-            f"SELECT {names}, {deleted} FROM {target} t WHERE {where}"
+            f"SELECT {', '.join(values.values())}, {at} FROM {target} t WHERE {where}"
         )
+
+    def _kinds(self, schema_name: str, table_name: str) -> dict[str, str]:
+        """Return the columns of a table of the warehouse, in order, and their types."""
+        rows = self.warehouse.execute(
+            "SELECT column_name, data_type FROM duckdb_columns() WHERE database_name = current_database() "
+            "AND schema_name = ? AND table_name = ? ORDER BY column_index",
+            [schema_name, table_name],
+        )
+        return dict(rows)
 
     def _target(self, table: Table) -> str:
         return self.warehouse.name(table.schema, table.name)
@@ -424,7 +469,7 @@ class Sink:
         except BaseException as error:
             self.rollback()
             if isinstance(error, duckdb.Error) and not isinstance(error, duckdb.InterruptException):
-                raise _explain(error) from error
+                raise explain(error) from error
             raise
 
 
@@ -444,14 +489,3 @@ def _truncation(lsn: int, columns: Sequence[StoredColumn]) -> pa.Table:
         list(nulls),
         list(nulls.values()),
     )
-
-
-def _explain(error: duckdb.Error) -> SinkError:
-    reason = str(error).splitlines()[0]
-    if "No space left" in reason or "out of disk" in reason.lower():
-        hint = "free some space on the disk; nothing was confirmed to Postgres, and the consumer goes on from there"
-    elif isinstance(error, duckdb.OutOfMemoryException):
-        hint = "raise CDC_MEMORY, or lower CDC_FLUSH_ROWS and CDC_FLUSH_BYTES"
-    else:
-        hint = "nothing was confirmed to Postgres; once the cause is mended, start the consumer again"
-    return SinkError(f"the warehouse cannot be written: {reason}", hint)

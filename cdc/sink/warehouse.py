@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from cdc.errors import SinkError, StateError, WarehouseBusy
 
-__all__ = ["ConsumerLock", "Warehouse", "open_for_reading", "quote"]
+__all__ = ["ConsumerLock", "Warehouse", "explain", "no_space", "open_for_reading", "quote"]
 
 STORAGE_VERSION = "v1.5.0"
 """Files stay readable by DuckDB 1.5 tools; 2.0 would write a format that they cannot open."""
@@ -59,6 +59,7 @@ class Warehouse:
         self.in_transaction = False
         self._committing = False
         self._interruption = threading.Lock()
+        self._interrupted = False
 
     @property
     def held(self) -> bool:
@@ -109,6 +110,8 @@ class Warehouse:
     def _open(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self.path.exists():
+                self._create()
             self._connection = duckdb.connect(str(self.path), config=self._config)
         except duckdb.IOException as error:
             reason = str(error).splitlines()[0]
@@ -124,6 +127,16 @@ class Warehouse:
             raise _cannot_open(self.path, str(error).splitlines()[0]) from None
         self._connection.execute("SET TimeZone = 'UTC'")
 
+    def _create(self) -> None:
+        """Make an empty database; a disk that is full leaves none, or DuckDB would not open it again."""
+        new = self.path.with_name(self.path.name + ".new")
+        new.unlink(missing_ok=True)
+        try:
+            duckdb.connect(str(new), config=self._config).close()
+            new.rename(self.path)
+        finally:
+            new.unlink(missing_ok=True)
+
     def release(self) -> None:
         """Close the file, so that others can open it. What is not committed is rolled back."""
         if self._connection is not None:
@@ -137,19 +150,34 @@ class Warehouse:
         A COMMIT goes on to its end: DuckDB reports one that was broken off as failed although it may have happened.
         """
         with self._interruption:
+            self._interrupted = True  # DuckDB forgets it if no statement runs just now
             connection = self._connection
             if connection is not None and not self._committing:
                 connection.interrupt()
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Run one statement and return its rows."""
+        """Run one statement and return its rows.
+
+        Raises:
+            duckdb.InterruptException: after `interrupt`.
+        """
+        self._go_on()
         return self.connection.execute(sql, list(parameters)).fetchall() if parameters else self._run(sql)
+
+    def _go_on(self) -> None:
+        if self._interrupted:
+            raise duckdb.InterruptException("interrupted")
 
     def _run(self, sql: str) -> list[tuple[Any, ...]]:
         return self.connection.execute(sql).fetchall()
 
     def arrow(self, sql: str) -> pa.Table:
-        """Run one query and return its result as an Arrow table."""
+        """Run one query and return its result as an Arrow table.
+
+        Raises:
+            duckdb.InterruptException: after `interrupt`.
+        """
+        self._go_on()
         return self.connection.sql(sql).to_arrow_table()
 
     @contextlib.contextmanager
@@ -225,7 +253,28 @@ def open_for_reading(path: Path, patience_s: float) -> duckdb.DuckDBPyConnection
             return connection
 
 
+def explain(error: duckdb.Error) -> SinkError:
+    """Return what `error`, of a statement that writes, means to the user."""
+    reason = str(error).splitlines()[0]
+    if no_space(reason):
+        hint = "free some space on the disk; nothing was confirmed to Postgres, and the consumer goes on from there"
+    elif isinstance(error, duckdb.OutOfMemoryException):
+        hint = "raise CDC_MEMORY, or lower CDC_FLUSH_ROWS and CDC_FLUSH_BYTES"
+    else:
+        hint = "nothing was confirmed to Postgres; once the cause is mended, start the consumer again"
+    return SinkError(f"the warehouse cannot be written: {reason}", hint)
+
+
+def no_space(reason: str) -> bool:
+    """Whether `reason`, in the words of the system or of DuckDB, is that the disk is full or a quota used up."""
+    return any(
+        words in reason.lower() for words in ("no space left", "out of disk", "file too large", "quota exceeded")
+    )
+
+
 def _cannot_open(path: Path, reason: str) -> SinkError:
+    if no_space(reason):
+        return SinkError(f"warehouse {path} cannot be opened: {reason}", "free some space on the disk")
     if "newer" in reason or "version number" in reason:
         return SinkError(f"warehouse {path} has another format: {reason}", "upgrade the duckdb package")
     return SinkError(
@@ -255,8 +304,10 @@ class ConsumerLock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("a+", encoding="ascii")
         except OSError as error:
+            # FileExistsError is what mkdir says to a file where a folder should be.
+            reason = "it is no folder" if isinstance(error, FileExistsError) else error.strerror
             raise SinkError(
-                f"{self.path.parent} cannot be written: {error.strerror}",
+                f"{self.path.parent} cannot be written: {reason}",
                 "give this user the right to write there, or set CDC_WAREHOUSE to another place",
             ) from None
         try:

@@ -1,8 +1,8 @@
 """What the source's catalogs say about tables, their columns, their replica identity and their publication.
 
-Definitions are read by one plain SELECT from the catalogs' tables: one statement sees one snapshot, and within a
-transaction that imported a snapshot it sees that one, while syscache functions (pg_relation_filenode, regclass,
-format_type and the like) always see the newest state.
+Everything is read by plain SELECTs from the catalogs' tables: one statement sees one snapshot, and within a transaction
+that imported a snapshot it sees that one, while syscache functions (pg_relation_filenode, regclass, format_type and the
+like) always see the newest state. And none of them waits for a lock on a table, but where it is said.
 
 Source: PostgreSQL manual, "System Catalogs" and "Publications"; RelationGetIndexList for what a usable identity is.
 """
@@ -17,7 +17,17 @@ from psycopg import sql
 
 from cdc.source.connection import Connection, translated
 
-__all__ = ["Attribute", "PublishedTable", "TableDefinition", "definition", "definitions", "published", "user_tables"]
+__all__ = [
+    "Attribute",
+    "PublishedTable",
+    "TableDefinition",
+    "definition",
+    "definitions",
+    "owned",
+    "published",
+    "row_filter",
+    "user_tables",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,18 +78,16 @@ class TableDefinition:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PublishedTable:
-    """A table as one publication publishes it: one row of pg_publication_tables.
+    """A table as one publication publishes it.
 
     Attributes:
         columns: names of what is published, in the order of attnum.
-        row_filter: SQL condition, or None.
     """
 
     oid: int
     schema: str
     name: str
     columns: tuple[str, ...]
-    row_filter: str | None
     publication: str
 
     def __str__(self) -> str:
@@ -136,18 +144,59 @@ _USER_TABLE = sql.SQL("""
     AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend AS d
                     WHERE d.classid = 1259 AND d.objid = c.oid AND d.objsubid = 0 AND d.deptype = 'e')""")
 
-# Before 18 the view lists generated columns too, which are never published there.
+# Not by pg_publication_tables: it locks every table that it lists, and so waits behind whoever alters any of them.
+# Under `named` stands what a publication lists, by table, by schema or as everything; `below` are the partitions of
+# that. A column list is for what is listed by table alone, and so is a row filter. 16384: the first OID of users'.
 _PUBLISHED = """
-    SELECT c.oid::int8, p.schemaname::text, p.tablename::text, p.rowfilter, p.pubname::text,
+    WITH RECURSIVE wanted AS MATERIALIZED (
+        SELECT p.oid, p.pubname, p.puballtables, p.pubviaroot, {generated} AS generated
+        FROM pg_catalog.pg_publication AS p WHERE p.pubname = ANY (%s)
+    ), named AS MATERIALIZED (
+        SELECT w.oid AS publication, r.prrelid AS relation, r.prattrs AS attnums
+        FROM wanted AS w JOIN pg_catalog.pg_publication_rel AS r ON r.prpubid = w.oid
+        WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_publication_namespace AS s
+                          JOIN pg_catalog.pg_class AS c ON c.relnamespace = s.pnnspid
+                          WHERE s.pnpubid = w.oid AND c.oid = r.prrelid)
+        UNION ALL
+        SELECT w.oid, c.oid, NULL
+        FROM wanted AS w JOIN pg_catalog.pg_class AS c ON c.relpersistence = 'p' AND c.oid >= 16384
+        WHERE c.relkind IN ('r', 'p')
+          AND (w.puballtables OR EXISTS (SELECT FROM pg_catalog.pg_publication_namespace AS s
+                                         WHERE s.pnpubid = w.oid AND s.pnnspid = c.relnamespace))
+    ), below AS (
+        SELECT n.publication, i.inhrelid AS relation
+        FROM named AS n
+        JOIN pg_catalog.pg_class AS c ON c.oid = n.relation AND c.relkind = 'p'
+        JOIN pg_catalog.pg_inherits AS i ON i.inhparent = c.oid AND NOT i.inhdetachpending
+        UNION
+        SELECT b.publication, i.inhrelid
+        FROM below AS b
+        JOIN pg_catalog.pg_class AS c ON c.oid = b.relation AND c.relkind = 'p'
+        JOIN pg_catalog.pg_inherits AS i ON i.inhparent = c.oid AND NOT i.inhdetachpending
+    )
+    SELECT c.oid::int8, s.nspname::text, c.relname::text, w.pubname::text,
            ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute AS a
-                 WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attname = ANY (p.attnames)
-                   AND {generated}
+                 WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+                   AND CASE WHEN n.attnums IS NOT NULL THEN a.attnum = ANY (n.attnums::int2[])
+                            ELSE a.attgenerated IN ('', w.generated::"char") END
                  ORDER BY a.attnum)
-    FROM pg_catalog.pg_publication_tables AS p
-    JOIN pg_catalog.pg_namespace AS n ON n.nspname = p.schemaname
-    JOIN pg_catalog.pg_class AS c ON c.relnamespace = n.oid AND c.relname = p.tablename
-    WHERE p.pubname = ANY (%s)
-    ORDER BY p.schemaname, p.tablename, p.pubname"""
+    FROM (SELECT publication, relation FROM named UNION SELECT publication, relation FROM below) AS p
+    JOIN wanted AS w ON w.oid = p.publication
+    JOIN pg_catalog.pg_class AS c ON c.oid = p.relation
+    JOIN pg_catalog.pg_namespace AS s ON s.oid = c.relnamespace
+    LEFT JOIN named AS n ON (n.publication, n.relation) = (p.publication, p.relation)
+    WHERE CASE WHEN w.pubviaroot THEN (p.publication, p.relation) NOT IN (SELECT publication, relation FROM below)
+               ELSE c.relkind = 'r' END
+    ORDER BY s.nspname, c.relname, w.pubname"""
+
+_ROW_FILTERS = """
+    SELECT (SELECT pg_catalog.pg_get_expr(r.prqual, r.prrelid)
+            FROM pg_catalog.pg_publication_rel AS r
+            WHERE r.prpubid = p.oid AND r.prrelid = %s::text::oid
+              AND NOT EXISTS (SELECT FROM pg_catalog.pg_publication_namespace AS s
+                              JOIN pg_catalog.pg_class AS c ON c.relnamespace = s.pnnspid
+                              WHERE s.pnpubid = p.oid AND c.oid = r.prrelid))
+    FROM pg_catalog.pg_publication AS p WHERE p.pubname = ANY (%s)"""
 
 
 def definition(connection: Connection, oid: int) -> TableDefinition | None:
@@ -182,21 +231,51 @@ def user_tables(connection: Connection) -> list[TableDefinition]:
     return _definitions(connection, _USER_TABLE)
 
 
+def owned(connection: Connection, oids: Sequence[int]) -> frozenset[int]:
+    """Return those of the tables `oids` that we have the rights of the owner of.
+
+    Raises:
+        ConnectionLost, SourceError: the catalog cannot be read.
+    """
+    with translated("read the owners of tables"):
+        rows = connection.execute(
+            "SELECT c.oid::int8 FROM pg_class AS c WHERE c.oid = ANY (%s::oid[]) AND pg_has_role(c.relowner, 'USAGE')",
+            [[str(oid) for oid in oids]],
+        ).fetchall()
+    return frozenset(oid for (oid,) in rows)
+
+
 def published(connection: Connection, names: Sequence[str]) -> list[PublishedTable]:
     """Return the tables that the publications `names` publish, once per publication.
 
     Raises:
         ConnectionLost, SourceError: the catalog cannot be read.
     """
-    generated = "true" if connection.info.server_version >= 180000 else "a.attgenerated = ''"
-    with translated("read pg_publication_tables"):
+    # Before 18 generated columns are never published.
+    generated = "p.pubgencols" if connection.info.server_version >= 180000 else "'n'"
+    with translated("read what is published"):
         rows = connection.execute(sql.SQL(_PUBLISHED).format(generated=sql.SQL(generated)), [list(names)]).fetchall()
     return [
-        PublishedTable(
-            oid=oid, schema=schema, name=name, columns=tuple(columns), row_filter=row_filter, publication=publication
-        )
-        for oid, schema, name, row_filter, publication, columns in rows
+        PublishedTable(oid=oid, schema=schema, name=name, columns=tuple(columns), publication=publication)
+        for oid, schema, name, publication, columns in rows
     ]
+
+
+def row_filter(connection: Connection, oid: int, names: Sequence[str]) -> str | None:
+    """Return the condition for a row of the table `oid` to be published, None if each is.
+
+    To print it, the server takes ACCESS SHARE on the table: use a session that has that lock.
+
+    Args:
+        names: the publications that publish the table: a row goes out if any of them lets it.
+
+    Raises:
+        ConnectionLost, SourceError: the catalog cannot be read.
+    """
+    with translated("read row filters"):
+        rows = connection.execute(_ROW_FILTERS, [str(oid), list(names)]).fetchall()
+    filters = [text for (text,) in rows]
+    return None if None in filters or not filters else " OR ".join(f"({text})" for text in filters)
 
 
 def _definitions(connection: Connection, condition: sql.Composable) -> list[TableDefinition]:

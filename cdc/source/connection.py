@@ -10,6 +10,7 @@ Source: PostgreSQL manual, "Database Connection Control Functions" and "Streamin
 from __future__ import annotations
 
 import os
+import re
 import selectors
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ __all__ = [
     "connect",
     "connect_replication",
     "execute",
+    "read_dsn",
     "result_error",
     "run_command",
     "source_error",
@@ -64,6 +66,11 @@ _DEFAULTS: Mapping[str, str] = {
     "keepalives_count": "3",
 }
 _TRANSACTION_TIMEOUT_SINCE = 170000
+_INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
+_HINT_DSN = (
+    "write it as postgresql://user:password@host:5432/database (special characters in the password as %40 and so on), "
+    "or as host=... dbname=... user=..."
+)
 
 
 def connect(dsn: str) -> Connection:
@@ -174,17 +181,33 @@ def run_command(pgconn: abc.PGconn, command: str, waiting: Callable[[float], Non
     return last
 
 
-def _parameters(dsn: str) -> dict[str, str]:
-    """Return libpq's parameters for `dsn` with our own added; those that the user gives win, but not over the pins."""
+def read_dsn(dsn: str) -> dict[str, str]:
+    """Return libpq's parameters as `dsn` gives them; nobody is asked whether they lead anywhere.
+
+    Raises:
+        SettingsError: `dsn` is no URL and no conninfo, or has a number where none is; the message holds no password.
+    """
     try:
         given = {key: str(value) for key, value in conninfo.conninfo_to_dict(dsn).items() if value is not None}
     except psycopg.Error as error:
         # Libpq repeats what it could not read, which may be the password.
-        secret = "password" in dsn or "@" in dsn
+        secret = "password" in dsn.lower() or "@" in dsn
         raise SettingsError(
-            "CDC_DSN cannot be read" + ("" if secret else f": {str(error).strip()}"),
-            "write it as postgresql://user@host:5432/database or as host=... dbname=... user=...",
+            "CDC_DSN is no connection string" + ("" if secret else f": {str(error).strip().splitlines()[0]}"),
+            _HINT_DSN,
         ) from None
+    # Not repeated either: behind a forgotten user name the password stands in the port's place.
+    for port in given.get("port", "").split(","):
+        if port.strip() and not (_INTEGER.fullmatch(port.strip()) and 1 <= int(port) <= 65535):
+            raise SettingsError("CDC_DSN is no connection string: its port is no number from 1 to 65535", _HINT_DSN)
+    if "connect_timeout" in given and not _INTEGER.fullmatch(given["connect_timeout"].strip()):
+        raise SettingsError("CDC_DSN is no connection string: connect_timeout is no number of seconds", _HINT_DSN)
+    return given
+
+
+def _parameters(dsn: str) -> dict[str, str]:
+    """Return libpq's parameters for `dsn` with our own added; those that the user gives win, but not over the pins."""
+    given = read_dsn(dsn)
     options = given.pop("options", None) or os.environ.get("PGOPTIONS", "")
     pins = " ".join(f"-c {name}={_escaped(value)}" for name, value in PINNED.items())
     defaults = {name: value for name, value in _DEFAULTS.items() if name not in given}
@@ -263,10 +286,7 @@ def _ready(socket: int, writing: bool, timeout_s: float) -> bool:
 
 def _connect_timeout(parameters: dict[str, str]) -> float:
     """Return connect_timeout in seconds; 0 and less mean none, as for libpq."""
-    try:
-        seconds = int(parameters["connect_timeout"])
-    except ValueError:
-        raise SettingsError("connect_timeout in CDC_DSN is not a number of seconds") from None
+    seconds = int(parameters["connect_timeout"])
     return seconds if seconds > 0 else float("inf")
 
 

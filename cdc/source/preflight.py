@@ -57,14 +57,17 @@ def findings(connection: Connection, expected: Expected) -> list[Finding]:
     return sorted(found, key=lambda finding: finding.level != "error")
 
 
-def require(connection: Connection, expected: Expected) -> None:
+def require(connection: Connection, expected: Expected, *, rights: bool = True) -> None:
     """Return if a consumer can start. What state the slot is in is not looked at here: a fresh start may replace it.
+
+    Args:
+        rights: to read each table are needed as well. Tables that are copied already are not read again.
 
     Raises:
         SourceError: the first reason why it cannot.
         ConnectionLost: the connection broke.
     """
-    for finding in _essentials(connection, expected):
+    for finding in _essentials(connection, expected, rights=rights):
         if finding.level == "error":
             raise SourceError(finding.message, finding.hint)
 
@@ -80,13 +83,13 @@ class _Readable:
 
 
 def _findings(connection: Connection, expected: Expected) -> Iterator[Finding]:
-    yield from _essentials(connection, expected)
+    yield from _essentials(connection, expected, rights=True)
     if _major(connection) >= MINIMUM_VERSION:
         yield from _slot(connection, expected.slot)
         yield from _other_slots(connection, expected.slot)
 
 
-def _essentials(connection: Connection, expected: Expected) -> Iterator[Finding]:
+def _essentials(connection: Connection, expected: Expected, *, rights: bool) -> Iterator[Finding]:
     if _major(connection) < MINIMUM_VERSION:
         # The catalogs that the other checks read are not there.
         yield Finding(
@@ -98,7 +101,8 @@ def _essentials(connection: Connection, expected: Expected) -> Iterator[Finding]
     yield from _server(connection)
     yield from _room(connection, expected.slot)
     yield from _publications(connection, expected)
-    yield from _rights(connection, _readables(connection, expected))
+    if rights:
+        yield from _rights(connection, _readables(connection, expected))
 
 
 def _major(connection: Connection) -> int:
@@ -165,14 +169,8 @@ def _slot(connection: Connection, name: str) -> Iterator[Finding]:
     found = slot.read(connection, name)
     if found is None:
         return
-    if found.plugin != "pgoutput":
-        yield Finding(
-            "error", f"replication slot {name} has the plugin {found.plugin}, not pgoutput", "choose another CDC_SLOT"
-        )
-    elif found.database != connection.info.dbname:
-        yield Finding(
-            "error", f"replication slot {name} belongs to database {found.database}", "choose another CDC_SLOT"
-        )
+    if why := found.foreign(connection.info.dbname):
+        yield Finding("error", f"replication slot {name} {why}", "choose another CDC_SLOT")
     if found.wal_status == "lost" or found.invalidation_reason:
         yield Finding(
             "error",
@@ -198,11 +196,12 @@ def _publications(connection: Connection, expected: Expected) -> Iterator[Findin
     if creates and not _row(connection, "SELECT has_database_privilege(current_database(), 'CREATE')")[0]:
         yield Finding("error", f"publication {expected.publication} is missing, and we may not create it", _SETUP)
         return
-    changed = (*planned.added, *planned.gained, *planned.lost)
     # A start needs what is there already; what is missing in it can be added later.
     level: Literal["error", "warning"] = "error" if ours is None else "warning"
-    foreign = _not_owned(connection, changed)
-    for table in foreign:
+    permitted = publication.permitted(connection, expected.publication, planned.changed)
+    for table in planned.changed:
+        if table in permitted:
+            continue
         yield Finding(level, f"table {table} is not ours to publish", f"as its owner: {_script(connection, planned)}")
     for table in planned.lost:
         yield Finding(
@@ -312,16 +311,6 @@ def _other_slots(connection: Connection, own: str) -> Iterator[Finding]:
                 f"replication slot {other.name} is used by nobody and retains {retained_mb:.0f} MB of WAL",
                 f"if nobody needs it: SELECT pg_drop_replication_slot('{other.name}')",
             )
-
-
-def _not_owned(connection: Connection, tables: Sequence[TableDefinition]) -> list[TableDefinition]:
-    with translated("read the owners of tables"):
-        rows = connection.execute(
-            "SELECT c.oid::int8 FROM pg_class AS c WHERE c.oid = ANY (%s::oid[]) AND pg_has_role(c.relowner, 'USAGE')",
-            [[str(table.oid) for table in tables]],
-        ).fetchall()
-    owned = {oid for (oid,) in rows}
-    return [table for table in tables if table.oid not in owned]
 
 
 def _script(connection: Connection, planned: publication.Plan) -> str:

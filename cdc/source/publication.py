@@ -22,7 +22,7 @@ from cdc.source import catalog
 from cdc.source.catalog import TableDefinition
 from cdc.source.connection import Connection, translated
 
-__all__ = ["MARK", "Plan", "append_name", "drop", "ensure", "is_ours", "matches", "plan", "setup_sql"]
+__all__ = ["MARK", "Plan", "append_name", "drop", "ensure", "is_ours", "matches", "permitted", "plan", "setup_sql"]
 
 MARK = "managed by pg-duckdb-cdc"
 """The comment on a publication of ours."""
@@ -31,6 +31,7 @@ LOCK_TIMEOUT_S = 5
 """ALTER PUBLICATION waits so long for a table; the caller tries again."""
 
 _TRIES = 3
+_LOCKED = "55P03"
 _ALL = "insert, update, delete, truncate"
 _APPEND = "insert, truncate"
 
@@ -46,13 +47,20 @@ class Plan:
             stream until then: they have to be copied again.
         lost: tables that move from the first publication to the second, because their identity is not usable any more.
         statements: SQL, to be run in one transaction; empty if nothing is missing.
+        creates: whether a publication is missing.
     """
 
     names: tuple[str, ...]
-    added: tuple[TableDefinition, ...]
-    gained: tuple[TableDefinition, ...]
-    lost: tuple[TableDefinition, ...]
-    statements: tuple[sql.Composed, ...]
+    added: tuple[TableDefinition, ...] = ()
+    gained: tuple[TableDefinition, ...] = ()
+    lost: tuple[TableDefinition, ...] = ()
+    statements: tuple[sql.Composed, ...] = ()
+    creates: bool = False
+
+    @property
+    def changed(self) -> tuple[TableDefinition, ...]:
+        """Tables that enter a publication or move."""
+        return (*self.added, *self.gained, *self.lost)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,7 +93,7 @@ def plan(connection: Connection, name: str, patterns: Sequence[str]) -> Plan:
     existing = _read(connection, (name, append_name(name)))
     first, second = existing.get(name), existing.get(append_name(name))
     if first is not None and not first.ours:
-        return Plan((name, append_name(name)) if second else (name,), (), (), (), ())
+        return Plan((name, append_name(name)) if second else (name,))
     if second is not None and not second.ours:
         raise SourceError(
             f"publication {append_name(name)} exists, and was not made by us",
@@ -96,7 +104,8 @@ def plan(connection: Connection, name: str, patterns: Sequence[str]) -> Plan:
     tables = {table.oid: table for table in catalog.user_tables(connection) if matches(table, patterns)}
     # What was listed once stays, whatever the patterns say now, in the publication that fits it.
     tables |= catalog.definitions(connection, sorted((listed | listed_append) - tables.keys()))
-    return _plan(name, first is not None, second is not None, listed, listed_append, list(tables.values()))
+    creates = [*([] if first else _create(name, _ALL)), *([] if second else _create(append_name(name), _APPEND))]
+    return _plan(name, creates, listed, listed_append, list(tables.values()))
 
 
 def ensure(connection: Connection, name: str, patterns: Sequence[str]) -> tuple[str, ...]:
@@ -106,6 +115,9 @@ def ensure(connection: Connection, name: str, patterns: Sequence[str]) -> tuple[
     one to the other; never drops a table otherwise. It takes SHARE UPDATE EXCLUSIVE on the tables in question, which
     stops no reader and no writer. Doing it again changes nothing.
 
+    Publications that are there already are changed table by table, where our rights allow it: what cannot be done for
+    one table, now or ever, is done for the others.
+
     Args:
         connection: in autocommit mode.
         name: CDC_PUBLICATION.
@@ -113,11 +125,14 @@ def ensure(connection: Connection, name: str, patterns: Sequence[str]) -> tuple[
 
     Raises:
         ConnectionLost: the connection broke, or the tables' definitions keep changing.
-        SourceError: our rights do not allow it (SQLSTATE 42501), a table is locked (55P03), or see `plan`.
+        SourceError: our rights do not allow it to create them (SQLSTATE 42501), a table is locked (55P03), or see
+            `plan`.
     """
     for _ in range(_TRIES):
         planned = plan(connection, name, patterns)
-        if not planned.statements or _apply(connection, name, planned):
+        if not planned.statements:
+            return planned.names
+        if _apply(connection, name, planned) if planned.creates else _change(connection, name, planned):
             return planned.names
     raise ConnectionLost(f"publication {name}: the tables' definitions change all the time", "try again in a moment")
 
@@ -130,9 +145,15 @@ def drop(connection: Connection, name: str) -> tuple[str, ...]:
     """
     existing = _read(connection, (name, append_name(name)))
     ours = tuple(publication for publication, found in existing.items() if found.ours)
-    with translated(f"drop publication {name}"):
-        for publication in ours:
-            connection.execute(sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(publication)))
+    statements = [sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(each)) for each in ours]
+    try:
+        with translated(f"drop publication {name}"):
+            for statement in statements:
+                connection.execute(statement)
+    except SourceError as error:
+        if error.sqlstate == "42501":
+            error.hint = f"as its owner: {' '.join(_render(connection, statements))}"
+        raise
     return ours
 
 
@@ -144,6 +165,23 @@ def is_ours(connection: Connection, name: str) -> bool | None:
     """
     found = _read(connection, (name,)).get(name)
     return None if found is None else found.ours
+
+
+def permitted(connection: Connection, name: str, tables: Sequence[TableDefinition]) -> list[TableDefinition]:
+    """Return those of `tables` that we may put into the publications: none if these are there and not owned by us.
+
+    Raises:
+        ConnectionLost, SourceError: the catalog cannot be read.
+    """
+    with translated("read the owners of publications"):
+        rows = connection.execute(
+            "SELECT bool_and(pg_has_role(pubowner, 'USAGE')) FROM pg_publication WHERE pubname = ANY (%s)",
+            [[name, append_name(name)]],
+        ).fetchall()
+    if rows == [(False,)]:
+        return []
+    owned = catalog.owned(connection, [table.oid for table in tables])
+    return [table for table in tables if table.oid in owned]
 
 
 def setup_sql(connection: Connection, name: str, patterns: Sequence[str], role: str, service: str = "") -> str:
@@ -162,7 +200,7 @@ def setup_sql(connection: Connection, name: str, patterns: Sequence[str], role: 
     planned = plan(connection, name, patterns)
     tables = [table for table in catalog.user_tables(connection) if matches(table, patterns)]
     lines = [
-        *_settings_sql(service),
+        *_settings_sql(connection, service),
         "",
         "-- The role of the consumer. Choose a password for it: \\password " + role,
         *_role_sql(connection, role, service),
@@ -178,8 +216,7 @@ def setup_sql(connection: Connection, name: str, patterns: Sequence[str], role: 
 
 def _plan(
     name: str,
-    has_first: bool,
-    has_second: bool,
+    creates: list[sql.Composed],
     listed: frozenset[int],
     listed_append: frozenset[int],
     tables: list[TableDefinition],
@@ -189,8 +226,7 @@ def _plan(
     lost = [table for table in unusable if table.oid in listed]
     gained = [table for table in usable if table.oid in listed_append]
     statements = [
-        *([] if has_first else _create(name, _ALL)),
-        *([] if has_second else _create(append_name(name), _APPEND)),
+        *creates,
         *_alter(name, "DROP", lost),
         *_alter(append_name(name), "ADD", [table for table in unusable if table.oid not in listed_append]),
         *_alter(append_name(name), "DROP", gained),
@@ -202,7 +238,29 @@ def _plan(
         gained=tuple(gained),
         lost=tuple(lost),
         statements=tuple(statements),
+        creates=bool(creates),
     )
+
+
+def _change(connection: Connection, name: str, planned: Plan) -> bool:
+    """Run the plan table by table, as far as our rights allow; whether each was done, or is not ours to do.
+
+    Raises:
+        SourceError: a table was locked for too long; the others have been seen to.
+    """
+    existing = _read(connection, planned.names)
+    listed, listed_append = (existing[each].members if each in existing else frozenset() for each in planned.names)
+    done, locked = True, None
+    for table in permitted(connection, name, planned.changed):
+        try:
+            done &= _apply(connection, name, _plan(name, [], listed, listed_append, [table]))
+        except SourceError as error:
+            if error.sqlstate != _LOCKED:
+                raise
+            locked = locked or error
+    if locked is not None:
+        raise locked
+    return done
 
 
 def _apply(connection: Connection, name: str, planned: Plan) -> bool:
@@ -211,9 +269,8 @@ def _apply(connection: Connection, name: str, planned: Plan) -> bool:
         connection.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'".encode())
         for statement in planned.statements:
             connection.execute(statement)
-        changed = (*planned.added, *planned.gained, *planned.lost)
-        now = catalog.definitions(connection, [table.oid for table in changed])
-        same = all(table.oid in now and now[table.oid].identity_usable == table.identity_usable for table in changed)
+        now = catalog.definitions(connection, [table.oid for table in planned.changed])
+        same = all(t.oid in now and now[t.oid].identity_usable == t.identity_usable for t in planned.changed)
         if not same:
             transaction.force_rollback = True
     return same
@@ -257,22 +314,28 @@ def _read(connection: Connection, names: Sequence[str]) -> dict[str, _Publicatio
     return {name: _Publication(ours, frozenset(members)) for name, ours, members in rows}
 
 
-def _settings_sql(service: str) -> list[str]:
+def _settings_sql(connection: Connection, service: str) -> list[str]:
     if service == "rds":
         return ["-- Parameter group: rds.logical_replication = 1, then reboot."]
     if service == "cloudsql":
         return ["-- Database flag: cloudsql.logical_decoding = on, then restart."]
     if service == "azure":
         return ["-- Server parameter: wal_level = logical, then restart."]
-    return [
-        "-- As a superuser, then restart the server; pg_hba.conf must let the role in for replication=database.",
-        "ALTER SYSTEM SET wal_level = 'logical';",
-    ]
+    entry = "pg_hba.conf must let the role in, for this database"
+    with translated("read wal_level"):
+        ((wal_level,),) = connection.execute("SHOW wal_level").fetchall()
+    if wal_level == "logical":
+        return [f"-- wal_level is logical already; {entry}."]
+    return [f"-- As a superuser, then restart the server; {entry}.", "ALTER SYSTEM SET wal_level = 'logical';"]
 
 
 def _role_sql(connection: Connection, role: str, service: str) -> list[str]:
     with translated(f"read role {role}"):
-        exists = connection.execute("SELECT FROM pg_roles WHERE rolname = %s", [role]).fetchone() is not None
+        query = "SELECT rolcanlogin AND rolreplication FROM pg_roles WHERE rolname = %s"
+        found = connection.execute(query, [role]).fetchone()
+    exists = found is not None
+    if found == (True,) and service != "rds":
+        return ["-- It is there already, and may replicate."]
     name = sql.Identifier(role)
     statements: list[sql.Composed] = []
     if service == "rds":

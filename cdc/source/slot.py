@@ -68,6 +68,14 @@ class Slot:
     invalidation_reason: str | None
     retained_bytes: int | None
 
+    def foreign(self, dbname: str) -> str:
+        """Return why it cannot be a slot of ours for database `dbname`, to be put behind its name; '' if it can."""
+        if self.plugin is None:
+            return "is a physical one"
+        if self.plugin != "pgoutput":
+            return f"has the plugin {self.plugin}, not pgoutput"
+        return "" if self.database == dbname else f"belongs to database {self.database}"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Blocker:

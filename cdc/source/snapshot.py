@@ -4,14 +4,15 @@ Making a temporary logical slot waits until every running transaction has ended,
 exported snapshot that agree exactly: what was committed before L is in the snapshot, all else is not. So:
 
     1. the temporary slot; L, and the name of its snapshot
-    2. sessions that import the snapshot, one per worker; each takes ACCESS SHARE on the table, with NOWAIT
-    3. the slot is dropped: the sessions keep the snapshot
-    4. the table's definition as the snapshot has it must be the live one, else all begins again
-    5. COPY by ranges of ctid, with the publication's columns and row filter
+    2. a session that imports the snapshot and takes ACCESS SHARE on the table, with NOWAIT
+    3. the table's definition as the snapshot has it must be the live one, else all begins again
+    4. more such sessions, one per worker; then the slot is dropped: they keep the snapshot
+    5. COPY by ranges of ctid, with the columns and the row filter that the publication has in the snapshot
 
 Not the lock first: an ALTER in the queue has the xid that step 1 waits for, and waits for our lock; nobody would
-notice that deadlock. Not a waiting lock in a worker, which hangs behind a queued ALTER just so. Without step 4 a table
-that was rewritten between 1 and 2 is copied as empty.
+notice that deadlock. Not a waiting lock in a worker, which hangs behind a queued ALTER just so. Without step 3 a table
+that was rewritten between 1 and 2 is copied as empty. And nothing about columns or filters from before the snapshot:
+step 1 may take hours, and what is altered meanwhile is in the snapshot and not in the stream from L on.
 
 The caller has the table's changes kept from before step 1 on; those with a commit LSN >= L belong on top of the copy.
 """
@@ -26,7 +27,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import psycopg
 from psycopg import pq, sql
 
 from cdc.errors import CdcError, ConnectionLost, SourceError
@@ -44,6 +44,10 @@ WAIT_S = 5.0
 
 
 _AGAIN = "the copy begins again by itself"
+
+# What may happen before a session comes: an ALTER has the table or waits for it (55P03), it is renamed or gone (42P01,
+# 3F000), or the session that exported the snapshot has ended (22023, 42704).
+_OVERTAKEN = ("55P03", "42P01", "3F000", "22023", "42704")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,7 +67,8 @@ class Snapshot:
         lsn: L.
         taken_at: the server's clock at the snapshot, microseconds since 1970 UTC.
         definition: the table, under the snapshot.
-        published: its columns and row filter.
+        published: its columns.
+        row_filter: SQL condition for the rows that are published, None: all.
         estimate_bytes: size of the table and its partitions.
     """
 
@@ -71,6 +76,7 @@ class Snapshot:
     taken_at: int
     definition: TableDefinition
     published: PublishedTable
+    row_filter: str | None
     estimate_bytes: int
 
 
@@ -119,8 +125,9 @@ def _take(
 ) -> tuple[Snapshot, list[Connection]]:
     """Steps 1 to 4. `stack` closes what was opened."""
     watcher = stack.enter_context(connect(dsn))
-    published = _published(watcher, publications, oid)
-    size = _size(watcher, oid)
+    before = catalog.definition(watcher, oid)
+    if before is None:
+        raise _unpublished(oid)
     maker = connect_replication(dsn)
     stack.callback(maker.finish)
 
@@ -131,73 +138,84 @@ def _take(
             waiting(slot.blockers(watcher), waited_s)
 
     lsn, name = slot.create_temporary(maker, slot_name, waiting=look)
-    sessions = []
-    for _ in range(min(workers, max(1, size // RANGE_BYTES + 1))):
-        session = stack.enter_context(connect(dsn))
-        with translated(f"snapshot of {published}"):
+    session = _session(dsn, name, before, stack)
+    definition = catalog.definition(session, oid)
+    if (
+        definition is None
+        or (definition.schema, definition.name) != (before.schema, before.name)
+        or definition != catalog.definition(watcher, oid)
+    ):
+        raise ConnectionLost(f"table {before} is being altered", _AGAIN)
+    _, size = _sizes(session, definition)
+    others = min(workers, max(1, size // RANGE_BYTES + 1)) - 1
+    sessions = [session, *(_session(dsn, name, before, stack) for _ in range(others))]
+    maker.finish()  # the temporary slot goes with its connection
+    found = [table for table in catalog.published(session, publications) if table.oid == oid]
+    if not found:
+        raise _unpublished(oid)
+    row_filter = catalog.row_filter(session, oid, [table.publication for table in found])
+    with translated(f"snapshot of {definition}"):
+        row = session.execute("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint").fetchone()
+    assert row is not None
+    return Snapshot(lsn, int(row[0]), definition, found[0], row_filter, size), sessions
+
+
+def _session(dsn: str, name: str, table: TableDefinition, stack: contextlib.ExitStack) -> Connection:
+    """Return a session within the snapshot `name` that has its lock on `table`."""
+    session = stack.enter_context(connect(dsn))
+    # A partitioned table with all its partitions; the children of any other are tables of their own.
+    only = sql.SQL("ONLY " if table.relkind == "r" else "")
+    lock = sql.SQL("LOCK TABLE {}{} IN ACCESS SHARE MODE NOWAIT").format(only, _identifier(table))
+    try:
+        with translated(f"snapshot of {table}"):
             session.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             session.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(name))
-            _lock(session, published)
-        sessions.append(session)
-    maker.finish()  # the temporary slot goes with its connection
-    definition = catalog.definition(sessions[0], oid)
-    if definition is None or definition != catalog.definition(watcher, oid):
-        raise ConnectionLost(f"table {published} is being altered", _AGAIN)
-    with translated(f"snapshot of {published}"):
-        row = sessions[0].execute("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint").fetchone()
-    assert row is not None
-    return Snapshot(lsn, int(row[0]), definition, published, size), sessions
+            session.execute(lock)
+    except SourceError as error:
+        if error.sqlstate in _OVERTAKEN:
+            raise ConnectionLost(str(error), _AGAIN) from None
+        raise
+    return session
 
 
-def _published(connection: Connection, publications: Sequence[str], oid: int) -> PublishedTable:
-    """Return the table as all of `publications` together publish it: a row goes out if any of their filters lets it."""
-    found = [table for table in catalog.published(connection, publications) if table.oid == oid]
-    if not found:
-        raise SourceError(f"the table with OID {oid} is no longer published", "it is copied once it is published again")
-    filters = [table.row_filter for table in found]
-    either = None if None in filters else " OR ".join(f"({text})" for text in filters)
-    return dataclasses.replace(found[0], row_filter=either)
+def _unpublished(oid: int) -> SourceError:
+    return SourceError(f"the table with OID {oid} is no longer published", "it is copied once it is published again")
 
 
-def _lock(session: Connection, published: PublishedTable) -> None:
-    table = sql.Identifier(published.schema, published.name)
-    try:
-        session.execute(sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE NOWAIT").format(table))
-    except (psycopg.errors.LockNotAvailable, psycopg.errors.UndefinedTable) as error:
-        raise ConnectionLost(f"table {published} is being altered: {error.diag.message_primary}", _AGAIN) from None
+def _identifier(table: TableDefinition) -> sql.Identifier:
+    return sql.Identifier(table.schema, table.name)
 
 
-def _size(connection: Connection, oid: int) -> int:
-    with translated("size of a table"):
-        row = connection.execute(
-            "SELECT coalesce(sum(pg_relation_size(relid)), 0)::bigint FROM pg_partition_tree(%s) WHERE isleaf", [oid]
-        ).fetchone()
-        plain = connection.execute("SELECT pg_relation_size(%s)", [oid]).fetchone()
-    return max(int(row[0]) if row else 0, int(plain[0] or 0) if plain else 0)
+def _sizes(session: Connection, table: TableDefinition) -> tuple[int, int]:
+    """Return the size of the table's largest part, itself or a partition, and that of all together, in bytes."""
+    parts = [str(oid) for oid, _ in table.relfilenodes]
+    with translated(f"size of {table}"):
+        rows = session.execute("SELECT pg_relation_size(p) FROM unnest(%s::oid[]) AS p", [parts]).fetchall()
+    sizes = [int(size or 0) for (size,) in rows]
+    return max(sizes, default=0), sum(sizes)
 
 
 def _statements(snapshot: Snapshot, connection: Connection) -> Iterator[bytes]:
-    """Yield one COPY per range of ctid, of the table or of each of its partitions."""
-    published = snapshot.published
-    columns = sql.SQL(", ").join(map(sql.Identifier, published.columns))
-    filtered = sql.SQL("({})").format(sql.SQL(published.row_filter)) if published.row_filter else sql.SQL("true")
+    """Yield one COPY per range of ctid; of a partitioned table, each takes that range of every partition.
+
+    A partition by itself is not read: the right to read the root is enough.
+    """
+    table = snapshot.definition
+    columns = sql.SQL(", ").join(map(sql.Identifier, snapshot.published.columns))
+    origin = sql.SQL("ONLY {}" if table.relkind == "r" else "{}").format(_identifier(table))
+    filtered = sql.SQL("({})").format(sql.SQL(snapshot.row_filter)) if snapshot.row_filter else sql.SQL("true")
     block = int(connection.execute("SELECT current_setting('block_size')").fetchall()[0][0])
-    step = max(1, RANGE_BYTES // block)
-    leaves = [leaf for leaf, _ in snapshot.definition.relfilenodes]
-    found = connection.execute(
-        "SELECT n.nspname, c.relname, pg_relation_size(c.oid) FROM pg_class c JOIN pg_namespace n "
-        "ON n.oid = c.relnamespace WHERE c.oid = ANY(%s) AND c.relkind = 'r' ORDER BY c.oid",
-        [leaves],
-    ).fetchall()
-    for schema, name, size in found:
-        edges = list(range(0, max(1, -(-size // block)), step))
-        for low, high in zip(edges, [*edges[1:], None], strict=True):
-            # The last range has no upper bound: the size is that of now, and rows of the snapshot may lie behind it.
-            upper = sql.SQL(" AND ctid < {}::tid").format(f"({high},0)") if high is not None else sql.SQL("")
-            statement = sql.SQL(
-                "COPY (SELECT {} FROM ONLY {} WHERE ctid >= {}::tid{} AND {}) TO STDOUT (FORMAT csv)"
-            ).format(columns, sql.Identifier(schema, name), f"({low},0)", upper, filtered)
-            yield statement.as_bytes(connection)
+    largest, total = _sizes(connection, table)
+    blocks = max(1, -(-largest // block))
+    step = -(-blocks // max(1, -(-total // RANGE_BYTES)))
+    edges = list(range(0, blocks, step))
+    for low, high in zip(edges, [*edges[1:], None], strict=True):
+        # The last range has no upper bound: the size is that of now, and rows of the snapshot may lie behind it.
+        upper = sql.SQL(" AND ctid < {}::tid").format(f"({high},0)") if high is not None else sql.SQL("")
+        statement = sql.SQL("COPY (SELECT {} FROM {} WHERE ctid >= {}::tid{} AND {}) TO STDOUT (FORMAT csv)").format(
+            columns, origin, f"({low},0)", upper, filtered
+        )
+        yield statement.as_bytes(connection)
 
 
 def _copy(

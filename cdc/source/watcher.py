@@ -6,10 +6,11 @@ again at the next poll.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 
-from cdc.errors import CdcError
+from cdc.errors import CdcError, SourceError
 from cdc.source import catalog, publication
 from cdc.source.catalog import PublishedTable
 from cdc.source.connection import connect
@@ -23,9 +24,15 @@ POLL_S = 5.0
 class Watcher:
     """Polls from `start` to `stop`."""
 
-    def __init__(self, dsn: str, name: str, patterns: Sequence[str]) -> None:
+    def __init__(self, dsn: str, publications: Sequence[str], patterns: Sequence[str]) -> None:
+        """Create one that does not poll yet.
+
+        Args:
+            publications: those that the stream is subscribed to; the first is CDC_PUBLICATION.
+            patterns: CDC_TABLES.
+        """
         self._dsn = dsn
-        self._name = name
+        self._publications = tuple(publications)
         self._patterns = tuple(patterns)
         self._stopping = threading.Event()
         self._latest: list[PublishedTable] | None = None
@@ -52,10 +59,12 @@ class Watcher:
         while not self._stopping.wait(POLL_S):
             try:
                 with connect(self._dsn) as connection:
-                    names = publication.ensure(connection, self._name, self._patterns)
-                    found = catalog.published(connection, names)
+                    # What cannot be added for a lock that an ALTER holds, say, the next poll tries again.
+                    with contextlib.suppress(SourceError):
+                        publication.ensure(connection, self._publications[0], self._patterns)
+                    found = catalog.published(connection, self._publications)
             except CdcError:
-                # A restart, or a lock that an ALTER holds: the next poll sees what this one did not.
+                # A restart: the next poll sees what this one did not.
                 continue
             with self._lock:
                 self._latest = found

@@ -183,7 +183,7 @@ def test_in_a_copy(database: Database, lake: Lake, point: str) -> None:
         if not first:
             assert run_cdc(lake, database.dsn, "resync", "--all").returncode == 0
         with Traffic(database, seed_of(f"copy {point}", nth)):
-            left = die(database, lake, point, nth)
+            left = die(database, lake, point, nth, flush_rows="100")
         unfinished = {name for name, state in left.states.items() if state != "streaming"}
         if point == "after_swap":
             assert len(unfinished) == len(KEYS) - nth

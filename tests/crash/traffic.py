@@ -13,6 +13,9 @@ from tests.conftest import Database
 
 __all__ = ["INVARIANTS", "KEYS", "SCHEMA", "Traffic", "large_transaction"]
 
+# Such that a consumer keeps up with batches of one transaction each.
+PAUSE_S = 0.05
+
 SCHEMA = """
 CREATE TABLE item (id bigint PRIMARY KEY, n int NOT NULL, body text);
 ALTER TABLE item ALTER body SET STORAGE EXTERNAL;
@@ -25,9 +28,9 @@ CREATE TABLE wide (id int PRIMARY KEY, v int);
 CREATE TABLE filled (id int PRIMARY KEY, v int);
 CREATE TABLE still (id int PRIMARY KEY, v text);
 INSERT INTO item SELECT i, 0, repeat(chr(64 + i), 3000) FROM generate_series(1, 20) i;
-INSERT INTO event SELECT i, 'first' FROM generate_series(1, 20) i;
+INSERT INTO event SELECT 0, 'first' FROM generate_series(1, 20) i;
 INSERT INTO bag SELECT i % 5, 'same' FROM generate_series(1, 20) i;
-INSERT INTO scratch SELECT i, 'first' FROM generate_series(1, 20) i;
+INSERT INTO scratch SELECT -i, 'first' FROM generate_series(1, 5) i;
 INSERT INTO account SELECT i, 0 FROM generate_series(1, 100) i;
 INSERT INTO wide SELECT i, i FROM generate_series(1, 20) i;
 INSERT INTO filled SELECT i, i FROM generate_series(1, 20) i;
@@ -95,8 +98,10 @@ class Traffic:
     def _run(self) -> None:
         try:
             with psycopg.connect(self._dsn) as connection:
-                ((tick, top),) = connection.execute("SELECT max(tick), (SELECT max(id) FROM item) FROM event").fetchall()
-                while not self._ended.wait(0.02):
+                ((tick, top),) = connection.execute(
+                    "SELECT max(tick), (SELECT max(id) FROM item) FROM event"
+                ).fetchall()
+                while not self._ended.wait(PAUSE_S):
                     tick, top = tick + 1, top + 2
                     self._transaction(connection, tick, top)
                     connection.commit()

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+import contextlib
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import psycopg
 
 from tests.conftest import Database, Lake
 from tests.mirror import Consumer, differences, history_files, states, until, warehouse_rows
 
 __all__ = [
+    "SOME_BYTES",
     "await_states",
     "await_waiting_slot",
-    "copy_lsns",
     "blocking",
+    "copy_lsns",
     "equal",
+    "fill",
     "leftovers",
     "locks",
-    "log_lines",
+    "log",
+    "pgbench",
     "settle",
 ]
+
+SOME_BYTES = 100_000
+"""More than what libpq and the server say to each other before the first row, less than any copy that is to be held."""
 
 
 def await_states(consumer: Consumer, lake: Lake, state: str, *tables: str, timeout_s: float = 60.0) -> None:
@@ -77,7 +85,7 @@ def await_waiting_slot(database: Database, consumer: Consumer) -> None:
 
 
 def locks(database: Database, table: str, mode: str = "AccessShareLock", *, granted: bool = True) -> list[int]:
-    """Return the PIDs of sessions that hold, or wait for, a lock on the table; those of the consumer alone if shared."""
+    """Return the PIDs of sessions that hold (or wait for) a lock on the table; if shared, the consumer's alone."""
     application = "AND application_name = 'cdc'" if mode == "AccessShareLock" else ""
     rows = database.execute(
         "SELECT DISTINCT pid FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid) "
@@ -104,6 +112,16 @@ def copy_lsns(lake: Lake) -> dict[str, Any]:
     return dict(warehouse_rows(lake, "SELECT schema_name || '.' || table_name, copy_lsn FROM _cdc.tables"))
 
 
+def log(lake: Lake, table: str, query: str) -> list[tuple[Any, ...]]:
+    """Run `query` over the change log of a table in schema public, which it calls `log`."""
+    connection = duckdb.connect()
+    files = f"{lake.history}/public/{table}/*.parquet"
+    connection.execute(f"CREATE VIEW log AS FROM read_parquet('{files}', union_by_name = true)")
+    rows = connection.execute(query).fetchall()
+    connection.close()
+    return rows
+
+
 def leftovers(lake: Lake) -> list[str]:
     """Return what copies that are over should not have left: tables, buffered changes, files."""
     staged = warehouse_rows(
@@ -115,6 +133,25 @@ def leftovers(lake: Lake) -> list[str]:
     return [name for (name,) in [*staged, *buffered]] + [str(file) for file in found]
 
 
-def log_lines(output: str, event: str) -> list[str]:
-    """Return the lines of a consumer's log that report `event`."""
-    return [line for line in output.splitlines() if re.search(rf"Z {re.escape(event)}\b", line)]
+@contextlib.contextmanager
+def pgbench(database: Database, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Keep pgbench running; at the end all its transactions have ended."""
+    arguments = ("--client=4", "--time=1000", "--no-vacuum", "--rate=200", *options)
+    traffic = database.server.popen(
+        "pgbench", *arguments, dbname=database.name, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        yield traffic
+    finally:
+        traffic.terminate()
+        traffic.wait(10)
+        busy = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'pgbench'"
+        until(lambda: not database.execute(busy), what="pgbench's sessions to end")
+
+
+def fill(database: Database, table: str, rows: int = 100_000) -> None:
+    """Create `table` with a key, some rows of about 100 bytes and a second column."""
+    database.execute(
+        f"CREATE TABLE {table} (id int PRIMARY KEY, v int NOT NULL DEFAULT 0, pad text NOT NULL DEFAULT '');"
+        f"INSERT INTO {table} (id, pad) SELECT i, repeat(md5(i::text), 3) FROM generate_series(1, {rows}) AS i"
+    )

@@ -6,29 +6,29 @@ copy takes.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import secrets
-import subprocess
 import time
 from collections.abc import Iterator
 
-import duckdb
 import psycopg
 import pytest
-from psycopg import sql
 
 from cdc.embedded import EmbeddedServer
+from cdc.source import publication
+from cdc.source.connection import connect
 from tests.conftest import Database, Lake
 from tests.integration.copies import (
+    SOME_BYTES,
     await_states,
     await_waiting_slot,
     blocking,
     copy_lsns,
     equal,
+    fill,
     leftovers,
     locks,
-    log_lines,
+    log,
+    pgbench,
     settle,
 )
 from tests.integration.gate import Gate
@@ -42,34 +42,6 @@ PGBENCH = {
     "public.pgbench_tellers": ["tid"],
     "public.pgbench_history": [],
 }
-
-# More than what libpq and the server say to each other before the first row, less than any table that is held.
-SOME_BYTES = 100_000
-# A row of this table has about 100 bytes: sent in full it is well above SOME_BYTES and what sockets take.
-MANY_ROWS = 100_000
-
-
-@contextlib.contextmanager
-def pgbench(database: Database, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Keep pgbench running; at the end all its transactions have ended."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    arguments = ("--client=4", "--time=1000", "--no-vacuum", "--rate=200", *options)
-    traffic = database.server.popen("pgbench", *arguments, dbname=database.name, **quiet)
-    try:
-        yield traffic
-    finally:
-        traffic.terminate()
-        traffic.wait(10)
-        busy = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'pgbench'"
-        until(lambda: not database.execute(busy), what="pgbench's sessions to end")
-
-
-def fill(database: Database, table: str, rows: int = MANY_ROWS) -> None:
-    """Create `table` with a key, some rows of about 100 bytes and a second column."""
-    database.execute(
-        f"CREATE TABLE {table} (id int PRIMARY KEY, v int NOT NULL DEFAULT 0, pad text NOT NULL DEFAULT '');"
-        f"INSERT INTO {table} (id, pad) SELECT i, repeat(md5(i::text), 3) FROM generate_series(1, {rows}) AS i"
-    )
 
 
 def transactions(database: Database) -> int:
@@ -95,8 +67,9 @@ def test_first_copy_under_load(database: Database, lake: Lake) -> None:
     assert not leftovers(lake)
     lsns = copy_lsns(lake)
     assert len(set(lsns.values())) == len(PGBENCH)
-    log = f"read_parquet('{lake.history}/public/pgbench_history/*.parquet', union_by_name = true)"
-    copied, added = duckdb.sql(f"SELECT count(*) FILTER (_op = 'S'), count(*) FILTER (_op = 'I') FROM {log}").fetchall()[0]
+    ((copied, added),) = log(
+        lake, "pgbench_history", "SELECT count(*) FILTER (_op = 'S'), count(*) FILTER (_op = 'I') FROM log"
+    )
     assert copied > before
     assert added > 100
     assert copied + added == transactions(database)
@@ -151,7 +124,9 @@ def test_long_parallel_copy_is_of_one_moment(impatient: str, database: Database,
         gate.hold_newcomers()
         blocker.rollback()
         until(lambda: gate.waiting)
-        until(lambda: gate.admit() or locks(database, "big"), what="the first session to have its lock")
+        while not locks(database, "big"):
+            gate.admit()
+            time.sleep(0.1)
         (first,) = locks(database, "big")
         time.sleep(2.5)  # longer than the time-outs
         assert locks(database, "big") == [first]
@@ -169,10 +144,9 @@ def test_long_parallel_copy_is_of_one_moment(impatient: str, database: Database,
         assert "connection lost" not in consumer.output
         assert consumer.stop() == 0
     mirror_once(lake, dsn)
-    log = f"read_parquet('{lake.history}/public/big/*.parquet', union_by_name = true)"
-    query = f"SELECT _lsn, sum(v), count(*), count(DISTINCT id) FROM {log} WHERE _op = 'S' GROUP BY _lsn"
-    assert [row[1:] for row in duckdb.sql(query).fetchall()] == [(1_800_000, 18000, 18000)]
-    assert duckdb.sql(f"SELECT count(*) > 10 FROM {log} WHERE _op = 'U'").fetchall() == [(True,)]
+    query = "SELECT sum(v), count(*), count(DISTINCT id) FROM log WHERE _op = 'S' GROUP BY _lsn"
+    assert log(lake, "big", query) == [(1_800_000, 18000, 18000)]
+    assert log(lake, "big", "SELECT count(*) > 10 FROM log WHERE _op = 'U'") == [(True,)]
     equal(database, lake, {"public.big": ["id"]})
 
 
@@ -291,16 +265,16 @@ def test_crash_costs_the_table_in_hand(database: Database, lake: Lake, point: st
     if first_is_copied:
         assert found["public.b"] == ("streaming" if b_is_copied else "copying")
     assert found["public.c"] == "pending"
-    here = {name for (name,) in warehouse_rows(lake, "SELECT table_name FROM duckdb_tables() WHERE schema_name = 'public'")}
+    here = {
+        name for (name,) in warehouse_rows(lake, "SELECT table_name FROM duckdb_tables() WHERE schema_name = 'public'")
+    }
     assert ("b" in here) == b_is_copied
     for table in here & {"a", "b"}:
         assert warehouse_rows(lake, f"SELECT count(*) FROM public.{table}") == [(5000,)]
     if not b_is_copied:
         assert not list(lake.history.glob("public/b/*.parquet"))
     before = copy_lsns(lake)
-    database.execute(
-        "; ".join(f"UPDATE {t} SET v = 1 WHERE id < 100; DELETE FROM {t} WHERE id = 200" for t in "abc")
-    )
+    database.execute("; ".join(f"UPDATE {t} SET v = 1 WHERE id < 100; DELETE FROM {t} WHERE id = 200" for t in "abc"))
     output = mirror_once(lake, database.dsn)
     again = {line.partition("table=")[2].split()[0] for line in output.splitlines() if line.startswith("copied")}
     assert again == {f"public.{t}" for t in "abc" if found[f"public.{t}"] != "streaming"}
@@ -309,3 +283,170 @@ def test_crash_costs_the_table_in_hand(database: Database, lake: Lake, point: st
     equal(database, lake, {f"public.{table}": ["id"] for table in "abc"})
     assert not leftovers(lake)
 
+
+SHAPES = """
+CREATE TABLE empty (id int PRIMARY KEY, v text);
+CREATE TABLE parent (id int PRIMARY KEY, v text); CREATE TABLE child (w int, PRIMARY KEY (id)) INHERITS (parent);
+INSERT INTO parent SELECT i, 'parent' FROM generate_series(1, 10) AS i;
+INSERT INTO child SELECT i, 'child', i FROM generate_series(11, 20) AS i;
+CREATE TABLE root (id int, k int, v text, PRIMARY KEY (id, k)) PARTITION BY RANGE (k);
+CREATE TABLE leaf1 PARTITION OF root FOR VALUES FROM (0) TO (10);
+CREATE TABLE branch PARTITION OF root FOR VALUES FROM (10) TO (30) PARTITION BY RANGE (k);
+CREATE TABLE leaf2 (gone int, v text, k int NOT NULL, id int NOT NULL, PRIMARY KEY (id, k));
+ALTER TABLE leaf2 DROP gone; ALTER TABLE branch ATTACH PARTITION leaf2 FOR VALUES FROM (10) TO (20);
+CREATE TABLE leaf3 PARTITION OF branch FOR VALUES FROM (20) TO (30);
+INSERT INTO root SELECT i, i % 20, 'row ' || i FROM generate_series(1, 1000) AS i;
+CREATE TABLE toast (id int PRIMARY KEY, v text); ALTER TABLE toast ALTER v SET STORAGE EXTERNAL;
+INSERT INTO toast SELECT i, repeat(md5(i::text), 1000) FROM generate_series(1, 20) AS i;
+CREATE TABLE generated (id int PRIMARY KEY, g int GENERATED ALWAYS AS (id * 2) STORED, v text);
+INSERT INTO generated (id, v) VALUES (1, 'one'), (2, NULL);
+CREATE SCHEMA "Other ""x"; CREATE TABLE "Other ""x"."T ä.y" ("Ü" int PRIMARY KEY, "select" text);
+INSERT INTO "Other ""x"."T ä.y" VALUES (1, ''), (2, NULL), (3, E'\\\\N'), (4, E'"a",\\r\\nb');
+"""
+SHAPED = {
+    "public.empty": ["id"],
+    "public.child": ["id"],
+    "public.root": ["id", "k"],
+    "public.toast": ["id"],
+    "public.generated": ["id"],
+}
+
+
+@pytest.fixture
+def reader(server: EmbeddedServer) -> Iterator[str]:
+    """A role without any rights of its own, but for replication; dropped after the database."""
+    name = f"reader_{secrets.token_hex(4)}"
+    server.psql(f"CREATE ROLE {name} LOGIN REPLICATION")
+    yield name
+    server.psql(f"DROP ROLE {name}")
+
+
+def test_shapes_of_tables(reader: str, database: Database, lake: Lake) -> None:
+    """K7, F3, F6: copied as the application sees each table, by a role that may read just what `cdc setup` grants."""
+    database.execute(SHAPES)
+    with connect(database.dsn) as connection:
+        script = publication.setup_sql(connection, "cdc", (), reader)
+    kept = [line for line in script.splitlines() if not line.startswith(("--", "ALTER SYSTEM"))]
+    database.execute("\n".join(kept))
+    dsn = database.dsn.replace("postgres@", f"{reader}@")
+    mirror_once(lake, dsn)
+    equal(database, lake, SHAPED)
+    quoted = warehouse_rows(lake, 'SELECT * FROM "Other ""x"."T ä.y" ORDER BY 1')
+    assert quoted == database.execute('SELECT * FROM "Other ""x"."T ä.y" ORDER BY 1')
+    assert len(quoted) == 4
+    only = "SELECT * FROM ONLY parent ORDER BY id"
+    assert warehouse_rows(lake, "FROM public.parent ORDER BY id") == database.execute(only)
+    assert len(database.execute(only)) == 10
+    assert {name for name in states(lake) if "leaf" in name or "branch" in name} == set()
+    database.execute(
+        "INSERT INTO empty VALUES (1, 'x'); UPDATE root SET k = k + 10 WHERE id % 10 = 0 AND k < 10;"
+        "INSERT INTO generated (id, v) VALUES (3, 'three'); DELETE FROM child WHERE id = 11;"
+        "DELETE FROM ONLY parent WHERE id = 1"
+    )
+    mirror_once(lake, dsn)
+    equal(database, lake, SHAPED)
+    assert warehouse_rows(lake, "FROM public.parent ORDER BY id") == database.execute(only)
+
+
+def test_publication_of_somebody_else_is_used_as_it_is(database: Database, lake: Lake) -> None:
+    """K7, G1, G2: its columns, its filter and its tables; nothing is added to it, and no second one made."""
+    database.execute(
+        "CREATE TABLE t (id int PRIMARY KEY, secret text, v int); CREATE TABLE other (id int PRIMARY KEY);"
+        "INSERT INTO t SELECT i, 'secret', i FROM generate_series(1, 100) AS i;"
+        "CREATE PUBLICATION mine FOR TABLE t (id, v) WHERE (id > 10 AND id <> 50)"
+    )
+    look = (
+        "SELECT pubname::text, puballtables, pubupdate, pubviaroot, obj_description(oid, 'pg_publication'),"
+        "(SELECT array_agg(prrelid::regclass::text) FROM pg_publication_rel WHERE prpubid = p.oid) "
+        "FROM pg_publication AS p"
+    )
+    before = database.execute(look)
+    mirror_once(lake, database.dsn, publication="mine")
+    query = "SELECT * FROM public.t ORDER BY id"
+    want = "SELECT id, v FROM t WHERE id > 10 AND id <> 50 ORDER BY id"
+    assert warehouse_rows(lake, query) == database.execute(want)
+    database.execute(
+        "INSERT INTO t VALUES (0, 'x', 0), (101, 'x', 0); UPDATE t SET id = 200 WHERE id = 50;"
+        "UPDATE t SET id = 5 - id WHERE id = 20; UPDATE t SET v = -1 WHERE id > 90; DELETE FROM t WHERE id IN (1, 30)"
+    )
+    mirror_once(lake, database.dsn, publication="mine")
+    assert warehouse_rows(lake, query) == database.execute(want)
+    assert database.execute(look) == before
+    assert list(states(lake)) == ["public.t"]
+
+
+def test_tables_without_identity_do_the_application_no_harm(database: Database, lake: Lake) -> None:
+    """C8, C9: they land in the second publication; their inserts are followed, and nobody's UPDATE or DELETE fails."""
+    database.execute(
+        "CREATE TABLE bare (v int); CREATE TABLE nothing (v int PRIMARY KEY);"
+        "ALTER TABLE nothing REPLICA IDENTITY NOTHING; CREATE TABLE keyed (v int PRIMARY KEY);"
+        "INSERT INTO bare VALUES (1), (1); INSERT INTO nothing VALUES (1), (2); INSERT INTO keyed VALUES (1)"
+    )
+    mirror_once(lake, database.dsn)
+    members = (
+        "SELECT pubname::text, array_agg(tablename::text ORDER BY 1) FROM pg_publication_tables GROUP BY 1 ORDER BY 1"
+    )
+    assert database.execute(members) == [("cdc", ["keyed"]), ("cdc_append", ["bare", "nothing"])]
+    database.execute("INSERT INTO bare VALUES (1), (2); INSERT INTO nothing VALUES (3)")
+    mirror_once(lake, database.dsn)
+    equal(database, lake, {"public.bare": [], "public.nothing": []})
+    for statement in (
+        "UPDATE bare SET v = v + 1",
+        "UPDATE nothing SET v = v + 10",
+        "DELETE FROM bare",
+        "DELETE FROM nothing",
+    ):
+        database.execute(statement)
+    database.execute("INSERT INTO bare VALUES (7)")
+    mirror_once(lake, database.dsn)
+    assert warehouse_rows(lake, "SELECT v FROM public.bare ORDER BY v") == [(1,), (1,), (1,), (2,), (7,)]
+    database.execute("TRUNCATE bare")
+    mirror_once(lake, database.dsn)
+    equal(database, lake, {"public.bare": []})
+
+
+@pg18
+def test_a_copied_table_is_not_read_again(reader: str, database: Database, lake: Lake) -> None:
+    """K9: without the right to read it, a table that is copied already goes on streaming over restarts."""
+    database.execute(
+        "CREATE TABLE a (id int PRIMARY KEY); CREATE TABLE b (id int PRIMARY KEY); INSERT INTO a VALUES (1);"
+        f"GRANT SELECT ON a, b TO {reader}; CREATE PUBLICATION mine FOR TABLE a, b"
+    )
+    dsn = database.dsn.replace("postgres@", f"{reader}@")
+    mirror_once(lake, dsn, publication="mine")
+    before = copy_lsns(lake)
+    database.execute(f"REVOKE SELECT ON a FROM {reader}; INSERT INTO a VALUES (2); INSERT INTO b VALUES (1)")
+    with psycopg.connect(dsn) as theirs, pytest.raises(psycopg.errors.InsufficientPrivilege):
+        theirs.execute("SELECT FROM a")
+    mirror_once(lake, dsn, publication="mine")
+    equal(database, lake, {"public.a": ["id"], "public.b": ["id"]})
+    assert copy_lsns(lake) == before
+
+
+@pg18
+def test_a_table_that_cannot_be_copied_is_put_aside(reader: str, database: Database, lake: Lake) -> None:
+    """J17: one table without the right to read it; the others are copied, and it too once that is mended."""
+    database.execute(
+        "CREATE TABLE a (id int PRIMARY KEY); CREATE TABLE c (id int PRIMARY KEY);"
+        f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {reader}; CREATE PUBLICATION mine FOR ALL TABLES"
+    )
+    dsn = database.dsn.replace("postgres@", f"{reader}@")
+    mirror_once(lake, dsn, publication="mine")
+    with Consumer(lake, dsn, publication="mine") as consumer:
+        database.execute("CREATE TABLE b (id int PRIMARY KEY); INSERT INTO b VALUES (1)")
+        await_states(consumer, lake, "error", "public.b")
+        database.execute("INSERT INTO a VALUES (1); INSERT INTO b VALUES (2)")
+        settle(consumer, database, lake)
+        equal(database, lake, {"public.a": ["id"], "public.c": ["id"]})
+        ((reason,),) = warehouse_rows(lake, "SELECT reason FROM _cdc.tables WHERE table_name = 'b'")
+        assert "permission denied" in reason
+        assert not leftovers(lake)
+        assert consumer.stop() == 0
+    # It does not keep the consumer from starting either.
+    output = mirror_once(lake, dsn, publication="mine")
+    assert "public.b" not in output
+    database.execute(f"GRANT SELECT ON b TO {reader}")
+    done = run_cdc(lake, dsn, "resync", "public.b", publication="mine")
+    assert done.returncode == 0, done.stderr
+    mirror_once(lake, dsn, publication="mine")
+    equal(database, lake, {"public.a": ["id"], "public.b": ["id"], "public.c": ["id"]})

@@ -38,7 +38,7 @@ def column_names(lake: Lake, table: str) -> list[str]:
 
 
 def test_columns_come_and_go(database: Database, lake: Lake) -> None:
-    """H1, H4: added with and without a default, which the rows that are there have too; dropped; none of it a new copy."""
+    """H1, H4: added with and without a default, which older rows have too; dropped; none of it a new copy."""
     defaults = {
         "text": "'it''s \"quoted\" \\ é😀'",
         "int": "-7",
@@ -100,7 +100,8 @@ def test_columns_come_and_go(database: Database, lake: Lake) -> None:
         "ALTER TABLE t ALTER filled DROP DEFAULT; INSERT INTO t (id) VALUES (7)",
         "ALTER TABLE t DROP COLUMN plain",
         "UPDATE t SET v = 'w' WHERE id = 1",
-        "ALTER TABLE t DROP COLUMN filled; ALTER TABLE t ADD COLUMN filled int DEFAULT 3; INSERT INTO t VALUES (8, 'x', 4)",
+        "ALTER TABLE t DROP COLUMN filled; ALTER TABLE t ADD COLUMN filled int DEFAULT 3; "
+        "INSERT INTO t VALUES (8, 'x', 4)",
         "ALTER TABLE t ADD COLUMN last date; INSERT INTO t VALUES (9, 'y', 5, '2024-01-01')",
     )
     sync(database, lake)
@@ -191,7 +192,8 @@ def test_changes_that_need_a_new_copy(database: Database, lake: Lake) -> None:
         "INSERT INTO volatile (id) VALUES (6)",
         "ALTER TABLE renamed RENAME a TO c; UPDATE renamed SET c = 'c' WHERE id = 1",
         "ALTER TABLE renamed RENAME b TO a; INSERT INTO renamed (id, c, a) VALUES (6, 'c', 'a')",
-        "ALTER TABLE key_type ALTER id TYPE text; UPDATE key_type SET id = 'x' || id; DELETE FROM key_type WHERE id = 'x3'",
+        "ALTER TABLE key_type ALTER id TYPE text; UPDATE key_type SET id = 'x' || id; "
+        "DELETE FROM key_type WHERE id = 'x3'",
         "UPDATE quiet SET v = 'w'",
     )
     output = sync(database, lake)
@@ -213,7 +215,7 @@ def test_changes_that_need_a_new_copy(database: Database, lake: Lake) -> None:
 
 
 def test_columns_that_duckdb_cannot_have(database: Database, lake: Lake) -> None:
-    """B2, B3, H11: names that differ in case alone, names of ours, no column at all: an error of that table, and of no other."""
+    """B2, B3, H11: names that differ in case alone, names of ours, no column at all: an error of that table alone."""
     database.execute(
         """
         CREATE TABLE cases (id int PRIMARY KEY, a int, "A" int);
@@ -359,7 +361,7 @@ def _fill(connection: psycopg.Connection[Any], schema: str, table: str, others: 
         sql.SQL("INSERT INTO {} SELECT i, {} FROM unnest(ARRAY[{}]) i").format(
             sql.Identifier(schema, table),
             values,
-            sql.SQL(keys),  # type: ignore[arg-type]
+            sql.SQL(keys),
         )
     )
 
@@ -412,7 +414,8 @@ def test_partitions_are_one_table(database: Database, lake: Lake) -> None:
         "UPDATE root SET at = '2024-12-31' WHERE id = 1001",
         "UPDATE root SET v = 'changed' WHERE id % 100 = 0",
         "DELETE FROM root WHERE id % 101 = 0",
-        "UPDATE root SET at = '2023-12-31', v = 'there and back' WHERE id = 1003; UPDATE root SET at = '2025-02-01' WHERE id = 1003",
+        "UPDATE root SET at = '2023-12-31', v = 'there and back' WHERE id = 1003; "
+        "UPDATE root SET at = '2025-02-01' WHERE id = 1003",
         "INSERT INTO leaf_24 (id, at, v) VALUES (1004, '2024-03-01', 'by the leaf')",
         "CREATE TABLE leaf_26 PARTITION OF root FOR VALUES FROM ('2026-01-01') TO ('2027-01-01')",
         "INSERT INTO root VALUES (1005, '2026-01-01', 'new leaf')",

@@ -34,7 +34,8 @@ def test_deleted_rows_stay(database: Database, lake: Lake) -> None:
         "DELETE FROM t WHERE id = 1",
         "UPDATE t SET v = 'last' WHERE id = 2; DELETE FROM t WHERE id = 2",
         "DELETE FROM t WHERE id = 3; INSERT INTO t VALUES (3, 'again', 0)",
-        "INSERT INTO t VALUES (20, 'short', 0); UPDATE t SET v = 'short life' WHERE id = 20; DELETE FROM t WHERE id = 20",
+        "INSERT INTO t VALUES (20, 'short', 0); UPDATE t SET v = 'short life' WHERE id = 20; "
+        "DELETE FROM t WHERE id = 20",
         "UPDATE t SET id = 104 WHERE id = 4",
         "UPDATE t SET id = 105 WHERE id = 5; UPDATE t SET id = 205 WHERE id = 105; DELETE FROM t WHERE id = 205",
         "UPDATE t SET id = 106 WHERE id = 6; INSERT INTO t VALUES (6, 'another', 0)",
@@ -149,7 +150,7 @@ def test_values_out_of_line_are_kept(database: Database, lake: Lake) -> None:
 
 
 def test_whole_rows(database: Database, lake: Lake) -> None:
-    """L1, C10: under FULL one of several equal rows is marked; a row that is changed leaves its old self behind, marked."""
+    """L1, C10: under FULL one of several equal rows is marked; a changed row leaves its old self, marked."""
     database.execute(
         """
         CREATE TABLE t (id int, v text);
@@ -177,7 +178,8 @@ def test_whole_rows(database: Database, lake: Lake) -> None:
 def test_columns_come_and_go(database: Database, lake: Lake) -> None:
     """L1, H1: an added column and a dropped one; marked rows have the default too, as they had when they lived."""
     database.execute(
-        "CREATE TABLE t (id int PRIMARY KEY, v text, old int); INSERT INTO t SELECT i, 'v' || i, i FROM generate_series(1, 4) i"
+        "CREATE TABLE t (id int PRIMARY KEY, v text, old int); "
+        "INSERT INTO t SELECT i, 'v' || i, i FROM generate_series(1, 4) i"
     )
     sync(database, lake, deletes="soft")
     first = copies(lake)

@@ -1,11 +1,10 @@
-"""Values that Postgres keeps out of line and does not send when they have not changed: none may become NULL or stale."""
+"""Values that Postgres keeps out of line and does not send while they stay the same: none may become NULL or stale."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 import duckdb
-import pytest
 
 from cdc.pgoutput.decoder import Decoder, decode_rows
 from cdc.pgoutput.messages import FRAME_HEADER_BYTES, WireBatch
@@ -36,7 +35,7 @@ def unsent(database: Database) -> Counter[str]:
 
 
 def test_unchanged_values(database: Database, lake: Lake) -> None:
-    """D1, D3, D4, D7, D10: under each identity; from the warehouse, the batch and the same transaction; NULL and back."""
+    """D1, D3, D4, D7, D10: under each identity; from the warehouse, the batch and the transaction; NULL and back."""
     database.execute(
         f"""
         CREATE TABLE by_key (id int PRIMARY KEY, v text, big text, other text);
@@ -48,7 +47,8 @@ def test_unchanged_values(database: Database, lake: Lake) -> None:
         ALTER TABLE by_index REPLICA IDENTITY USING INDEX by_index_code_key;
         ALTER TABLE by_all REPLICA IDENTITY FULL;
         INSERT INTO by_key SELECT i, 'v', {BIG.format("a")} || i, {BIG.format("o")} FROM generate_series(1, 6) i;
-        INSERT INTO by_index SELECT i, 'v', {BIG.format("a")} || i, {BIG.format("o")}, 'c' || i FROM generate_series(1, 6) i;
+        INSERT INTO by_index SELECT i, 'v', {BIG.format("a")} || i, {BIG.format("o")}, 'c' || i
+            FROM generate_series(1, 6) i;
         INSERT INTO by_all SELECT i, 'v', {BIG.format("a")} || i, {BIG.format("o")} FROM generate_series(1, 6) i
         """
     )
@@ -67,7 +67,8 @@ def test_unchanged_values(database: Database, lake: Lake) -> None:
             f"UPDATE {name} SET v = 'with NULL' WHERE id = 3",
             f"UPDATE {name} SET big = {BIG.format('c')} WHERE id = 4; UPDATE {name} SET big = NULL WHERE id = 4; "
             f"UPDATE {name} SET big = {BIG.format('d')} WHERE id = 4; UPDATE {name} SET v = 'to and fro' WHERE id = 4",
-            f"INSERT INTO {name} VALUES (10, 'v', {BIG.format('e')}, NULL{code}); UPDATE {name} SET v = 'same' WHERE id = 10",
+            f"INSERT INTO {name} VALUES (10, 'v', {BIG.format('e')}, NULL{code}); "
+            f"UPDATE {name} SET v = 'same' WHERE id = 10",
             f"UPDATE {name} SET v = 'later' WHERE id = 10",
             f"UPDATE {name} SET v = 'gone' WHERE id = 5; DELETE FROM {name} WHERE id = 5",
         )
@@ -105,7 +106,8 @@ def test_unchanged_values_under_a_new_key(database: Database, lake: Lake) -> Non
         "UPDATE t SET id = 101 WHERE id = 1",
         "UPDATE t SET v = 'after' WHERE id = 101",
         # a chain in one transaction and over several, with changes in between
-        "UPDATE t SET id = 102 WHERE id = 2; UPDATE t SET v = 'there' WHERE id = 102; UPDATE t SET id = 202 WHERE id = 102",
+        "UPDATE t SET id = 102 WHERE id = 2; UPDATE t SET v = 'there' WHERE id = 102; "
+        "UPDATE t SET id = 202 WHERE id = 102",
         "UPDATE t SET part = 'q' WHERE id = 202",
         # a swap
         "UPDATE t SET id = -1 WHERE id = 3; UPDATE t SET id = 3 WHERE id = 4; UPDATE t SET id = 4 WHERE id = -1",
@@ -164,7 +166,7 @@ def test_keys_out_of_line(database: Database, lake: Lake) -> None:
 
 
 def test_types_out_of_line(database: Database, lake: Lake) -> None:
-    """D8, D9: arrays, json, jsonb, bytea, hstore, decimals with many digits; and over a column that was added in between."""
+    """D8, D9: arrays, json, bytea, hstore, decimals with many digits; and over a column that was added in between."""
     database.execute("CREATE EXTENSION hstore")
     values = {
         "text[]": f"ARRAY[{BIG.format('x')}, NULL, '', 'NULL', '\"']",

@@ -1,0 +1,153 @@
+"""What brings a table to a changed Relation: the ALTERs, when only a new copy will do, and what cannot be had."""
+
+from __future__ import annotations
+
+import dataclasses
+import decimal
+
+import duckdb
+import pytest
+
+from cdc.errors import TableError
+from cdc.pgoutput.messages import Column, Relation
+from cdc.sink import schema
+from cdc.sink.checkpoint import StoredColumn, Table
+from cdc.sink.schema import LiveColumn, LiveTable, Plan
+
+INT, BIGINT, TEXT, NUMERIC, DATE = 23, 20, 25, 1700, 1082
+TEN_TWO = (10 << 16 | 2) + 4
+NODE = "16384:16384"
+ID, V = StoredColumn("id", INT, -1, 1), StoredColumn("v", TEXT, -1, 2)
+TARGET = '"w"."public"."t"'
+
+
+def relation(*columns: StoredColumn) -> Relation:
+    return Relation(1, "public", "t", "d", tuple(Column(c.name, c.type_oid, c.typmod, c.attnum == 1) for c in columns))
+
+
+def live(*columns: StoredColumn, node: str = NODE, **defaults: str) -> LiveTable:
+    return LiveTable(
+        node, tuple(LiveColumn(c.name, c.type_oid, c.typmod, c.attnum, defaults.get(c.name)) for c in columns)
+    )
+
+
+def plan(
+    before: tuple[StoredColumn, ...], now: LiveTable | None, *after: StoredColumn, node: str = NODE
+) -> Plan | None:
+    return schema.plan(TARGET, before, node, relation(*after), now)
+
+
+def run(statements: tuple[tuple[str, tuple[object, ...]], ...]) -> list[tuple[object, ...]]:
+    """Run a plan in DuckDB, on a table with columns id, v and one row; return its rows."""
+    connection = duckdb.connect()
+    connection.execute(
+        "ATTACH ':memory:' AS w; CREATE SCHEMA w.public; CREATE TABLE w.public.t (id INTEGER, v VARCHAR)"
+    )
+    connection.execute("INSERT INTO w.public.t VALUES (1, 'a')")
+    for statement, parameters in statements:
+        connection.execute(statement, list(parameters))
+    return connection.execute("FROM w.public.t").fetchall()
+
+
+def test_same() -> None:
+    assert schema.same((ID, V), relation(ID, V))
+    for other in (
+        (ID,),
+        (V, ID),
+        (ID, dataclasses.replace(V, name="w")),
+        (ID, dataclasses.replace(V, type_oid=INT)),
+        (ID, dataclasses.replace(V, typmod=8)),
+        (ID, V, StoredColumn("w", TEXT, -1, 3)),
+    ):
+        assert not schema.same((ID, V), relation(*other))
+
+
+def test_added_and_dropped() -> None:
+    """H1: ALTERs, with the default that the rows from before have, exactly as Postgres stores it."""
+    added = StoredColumn("n", NUMERIC, TEN_TWO, 3), StoredColumn('we"ird', TEXT, -1, 4), StoredColumn("d", DATE, -1, 5)
+    now = live(ID, *added, n="1.50", **{'we"ird': "it's"})
+    found = plan((ID, V), now, ID, *added)
+    assert found is not None
+    assert found.columns == (ID, *added)
+    assert found.changes == ("column v dropped", "column n added", 'column we"ird added', "column d added")
+    assert run(found.statements) == [(1, decimal.Decimal("1.50"), "it's", None)]
+
+
+def test_a_name_used_again() -> None:
+    """H6: what has another attnum is another column, though it has the name and even the type."""
+    again = dataclasses.replace(V, attnum=3, type_oid=INT)
+    found = plan((ID, V), live(ID, again, v="7"), ID, again)
+    assert found is not None
+    assert run(found.statements) == [(1, 7)]
+    assert found.changes == ("column v dropped", "column v added")
+
+
+@pytest.mark.parametrize(
+    ("reason", "now", "after", "node"),
+    [
+        ("the table is gone", None, (ID,), NODE),
+        ("the catalog has moved on", live(ID, V, StoredColumn("n", INT, -1, 3)), (ID,), NODE),
+        ("rewritten", live(ID, node="16384:999"), (ID,), NODE),
+        ("storage unknown since a TRUNCATE", live(ID), (ID,), ""),
+        (
+            "another type",
+            live(dataclasses.replace(ID, type_oid=BIGINT), V),
+            (dataclasses.replace(ID, type_oid=BIGINT), V),
+            NODE,
+        ),
+        ("another typmod", live(ID, dataclasses.replace(V, typmod=8)), (ID, dataclasses.replace(V, typmod=8)), NODE),
+        ("renamed", live(ID, dataclasses.replace(V, name="w")), (ID, dataclasses.replace(V, name="w")), NODE),
+        (
+            "a default that does not fit",
+            live(ID, V, StoredColumn("d", DATE, -1, 3), d="infinity"),
+            (ID, V, StoredColumn("d", DATE, -1, 3)),
+            NODE,
+        ),
+    ],
+)
+def test_only_a_new_copy(reason: str, now: LiveTable | None, after: tuple[StoredColumn, ...], node: str) -> None:
+    """H4, H5, trap 7: where the stream and the catalog together do not tell what the rows hold now."""
+    assert plan((ID, V), now, *after, node=node) is None, reason
+
+
+def test_what_duckdb_and_we_cannot_have() -> None:
+    """B2, B3, trap 9: names that are one to DuckDB, names of ours, and no columns; with a word on which."""
+    table = Table(7, "public", "t", "copying")
+
+    def refused(*names: str, soft: bool = False) -> str:
+        columns = [StoredColumn(name, TEXT, -1, number) for number, name in enumerate(names, start=1)]
+        with pytest.raises(TableError) as caught:
+            schema.refuse(table, columns, soft=soft, logged=True)
+        assert caught.value.oid == 7
+        assert caught.value.hint
+        return str(caught.value)
+
+    def accepted(*names: str, logged: bool = True) -> None:
+        columns = [StoredColumn(name, TEXT, -1, number) for number, name in enumerate(names, start=1)]
+        schema.refuse(table, columns, soft=False, logged=logged)
+
+    accepted("a", "b")
+    assert refused() == "table public.t has no columns, which DuckDB cannot store"
+    assert refused("Ab", "aB") == "columns Ab and aB of public.t are the same name to DuckDB"
+    assert refused("x", "_LSN") == "column _LSN of public.t has the name of one of ours"
+    accepted("x", "_lsn", logged=False)
+    accepted("_deleted_at")
+    assert refused("_deleted_at", soft=True) == "column _deleted_at of public.t has the name of one of ours"
+    # DuckDB folds ASCII alone, so these are two names each
+    pairs = [("É", "é"), ("ß", "ss"), ("Σ", "ς"), ("\u212a", "k")]
+    connection = duckdb.connect()
+    for number, (one, other) in enumerate(pairs):
+        accepted(one, other)
+        connection.execute(f'CREATE TABLE t{number} ("{one}" INTEGER, "{other}" INTEGER)')
+
+
+def test_create_table() -> None:
+    """The types are those of the one table of types; a quoted name stays one."""
+    connection = duckdb.connect()
+    columns = [ID, StoredColumn('q"uoted', NUMERIC, TEN_TWO, 2)]
+    connection.execute(schema.create_table('"t x"', columns, soft=True))
+    query = "SELECT column_name, data_type FROM duckdb_columns() WHERE table_name = 't x' ORDER BY column_index"
+    found = connection.execute(query).fetchall()
+    assert found == [("id", "INTEGER"), ('q"uoted', "DECIMAL(10,2)"), ("_deleted_at", "TIMESTAMP WITH TIME ZONE")]
+    connection.execute(schema.create_table('"t x"', [ID], soft=False))
+    assert connection.execute(query).fetchall() == [("id", "INTEGER")]
