@@ -44,8 +44,8 @@ from cdc.startup import check, prepare, reconcile
 
 __all__ = ["Observer", "Pipeline"]
 
-STOP_S = 8.0
-"""After a signal, so long for what is in hand; then it is rolled back, unconfirmed."""
+STOP_S = 6.0
+"""After a signal, so long for what is in hand; then it is rolled back, unconfirmed, and threads are waited for."""
 
 QUEUE_BATCHES = 2
 """Batches between receiver and applier; each is bounded by CDC_FLUSH_ROWS and CDC_FLUSH_BYTES."""
@@ -74,7 +74,7 @@ class Pipeline:
             deletes=settings.deletes,
             live=self._live,
             waiting=self._waiting_for_warehouse,
-            give_up=lambda: self._stopping,
+            give_up=lambda: self._stopping and time.monotonic() >= self._stop_by,
         )
         self._limits = Limits(settings.flush_rows, settings.flush_bytes, settings.flush_interval)
         self._publications: tuple[str, ...] = ()
@@ -158,6 +158,8 @@ class Pipeline:
                 item = self._next(copies)
                 if item is not None:
                     self._pass_fences(self._handle(item))
+                if self._warehouse.touched:  # perhaps by `cdc resync`
+                    self._acquire()
                 if not self._warehouse.in_transaction:
                     self._reconcile(watcher.latest())
                     copies.step(self._acquire)
@@ -255,13 +257,14 @@ class Pipeline:
         """Stream from the checkpoint on, trying again for as long as Postgres cannot be reached."""
         self._disconnect()
         self._sink.release()
+        lost: ConnectionLost | None = None
         with self._interruption():
             for attempt in stamina.retry_context(
                 on=ConnectionLost, attempts=None, timeout=None, wait_initial=0.1, wait_max=5.0, wait_jitter=0.5
             ):
                 with attempt:
-                    if attempt.num == 2:  # once, not at every try
-                        self._observer.event("waiting for Postgres")
+                    if lost is not None and attempt.num == 2:  # once, not at every try
+                        self._observer.event("waiting for Postgres", reason=str(lost), hint=lost.hint)
                     self._inbox = queue.Queue(QUEUE_BATCHES)
                     receiver = Receiver(
                         self._settings.dsn,
@@ -271,8 +274,12 @@ class Pipeline:
                         self._limits,
                         self._inbox,
                     )
-                    check(self._settings, self._sink.ledger.checkpoint)
-                    receiver.connect()
+                    try:
+                        check(self._settings, self._sink.ledger.checkpoint)
+                        receiver.connect()
+                    except ConnectionLost as error:
+                        lost = error
+                        raise
         self._decoder = Decoder(self._sink.position)
         self._receiver = receiver
         receiver.start()
@@ -307,9 +314,10 @@ class Pipeline:
 
     def _take_marks(self) -> None:
         """Begin what `cdc resync` has asked for."""
-        self._change([_again(self._sink.ledger.tables[oid]) for oid in self._sink.ledger.requested()])
+        marked = self._sink.ledger.requested()
+        self._change([_again(self._sink.ledger.tables[oid]) for oid in marked], requested=True)
 
-    def _change(self, changed: Sequence[Table]) -> None:
+    def _change(self, changed: Sequence[Table], *, requested: bool = False) -> None:
         """Write changed rows of ``_cdc.tables``; a copy that is under way for one of them is worth nothing now."""
         if not changed:
             return
@@ -318,7 +326,7 @@ class Pipeline:
             if self._copies is not None:
                 self._copies.drop(table.oid)
             self._observer.event("table", table=str(table), state=table.state, reason=table.reason)
-        self._sink.write_tables(changed)
+        self._sink.write_tables(changed, requested=requested)
 
     def _set_aside(self, error: TableError) -> None:
         """After an error in the stream of one table: put it into its state, so that the others can go on."""
@@ -384,6 +392,10 @@ class Pipeline:
         self._interruptible = True
         try:
             yield
+        except RuntimeError as error:  # what DuckDB makes of an exception in a signal handler
+            if not self._stopping:
+                raise
+            raise Stopped from error
         finally:
             self._interruptible = False
 

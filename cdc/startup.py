@@ -83,7 +83,7 @@ def prepare(
                     found = _await_slot(settings, connection, busy)
                     checkpoint = sink.open()
                     refuse(settings, checkpoint, system, found)
-                _check_deletes(settings, sink.ledger.tables.values())
+                _check_deletes(settings, sink)
             publications = _publish(connection, settings, once=once)
             published = catalog.published(connection, publications)
             _refuse_strangers(settings, sink, published)
@@ -358,9 +358,10 @@ def _check_slot(settings: Settings, lsn: int, found: Slot | None) -> None:
         )
 
 
-def _check_deletes(settings: Settings, tables: Iterable[Table]) -> None:
-    for table in tables:
-        if table.state == "streaming" and table.deletes != settings.deletes:
+def _check_deletes(settings: Settings, sink: Sink) -> None:
+    marked = sink.ledger.requested() if sink.ledger.checkpoint is not None else []
+    for table in sink.ledger.tables.values():
+        if table.state == "streaming" and table.oid not in marked and table.deletes != settings.deletes:
             raise SettingsError(
                 f"CDC_DELETES is {settings.deletes}, but table {table} was copied with {table.deletes}",
                 f"set it back, or run `cdc resync --all` with CDC_DELETES={settings.deletes}",

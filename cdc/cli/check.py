@@ -47,12 +47,12 @@ def check(settings: Settings) -> None:
 
 def _warehouse(settings: Settings, connection: Connection) -> Iterator[Finding]:
     """Look whether slot, warehouse and history belong together."""
-    replication = connect_replication(settings.dsn)  # pg_hba.conf and poolers treat it differently
     try:
-        system = slot.identify(replication)
-    finally:
-        replication.finish()
-    try:
+        replication = connect_replication(settings.dsn)  # pg_hba.conf and poolers treat it differently
+        try:
+            system = slot.identify(replication)
+        finally:
+            replication.finish()
         refuse(settings, _checkpoint(settings), system, slot.read(connection, settings.slot))
     except WarehouseBusy as busy:
         yield Finding("warning", str(busy), busy.hint)

@@ -210,7 +210,7 @@ class Ledger:
         ]
         if not self._warehouse.execute(
             "UPDATE _cdc.tables SET schema_name = ?, table_name = ?, relfilenode = ?, state = ?, reason = ?, "
-            "copy_lsn = ?, columns = ?, deletes = ?, publication = ?, requested = false WHERE oid = ? RETURNING 1",
+            "copy_lsn = ?, columns = ?, deletes = ?, publication = ? WHERE oid = ? RETURNING 1",
             values,
         ):
             self._warehouse.execute(
@@ -238,9 +238,13 @@ class Ledger:
         self._warehouse.execute("UPDATE _cdc.tables SET requested = true WHERE oid = ?", [oid])
 
     def requested(self) -> list[int]:
-        """Return the OIDs of tables that are marked; `put` takes the mark away."""
+        """Return the OIDs of tables that are marked, and not taken up yet (`take_up`)."""
         rows = self._warehouse.execute("SELECT oid FROM _cdc.tables WHERE requested")
         return [oid for (oid,) in rows if oid in self.tables]
+
+    def take_up(self, oid: int) -> None:
+        """Take the mark away: the table's row says by now that it is to be copied."""
+        self._warehouse.execute("UPDATE _cdc.tables SET requested = false WHERE oid = ?", [oid])
 
     def record_files(self, files: Iterable[HistoryFile]) -> None:
         """Name `files` in the manifest."""

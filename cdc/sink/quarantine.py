@@ -21,8 +21,9 @@ from cdc.sink.checkpoint import Table
 from cdc.sink.rows import DELETE, Sources
 from cdc.sink.warehouse import Warehouse
 
-__all__ = ["forget_columns", "inherit", "key_sql", "record"]
+__all__ = ["forget_columns", "inherit", "keep", "key_sql", "record"]
 
+_KINDS = (pa.string(), pa.string(), pa.string(), pa.uint64(), pa.int64(), pa.bool_())
 _HERE = "schema_name = ? AND table_name = ?"
 
 
@@ -69,20 +70,28 @@ def record(warehouse: Warehouse, table: Table, changes: TableChanges) -> None:
     newest = {text: row for row, text in enumerate(keys)} if keys is not None else {}
     for unfit in changes.unfit:
         name = changes.relation.columns[unfit.column].name
-        for row, text in zip(unfit.rows.tolist(), unfit.texts, strict=True):
-            # The row of a delete is what was; without a key every other row is there until one takes it.
-            current = changes.op[row] != DELETE and (keys is None or newest[keys[row]] == row)
-            warehouse.execute(
-                "INSERT INTO _cdc.quarantine VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                [
-                    *(table.schema, table.name, name, keys[row] if keys else None, text),
-                    *(int(changes.lsn[row]), int(changes.seq[row]), bool(current)),
-                ],
-            )
+        rows = unfit.rows.tolist()
+        # The row of a delete is what was; without a key every other row is there until one takes it.
+        gone = (changes.op[unfit.rows] == DELETE).tolist()
+        current = [not d and (keys is None or newest[keys[row]] == row) for row, d in zip(rows, gone, strict=True)]
+        keyed = [keys[row] if keys is not None else None for row in rows]
+        where = changes.lsn[unfit.rows].tolist(), changes.seq[unfit.rows].tolist()
+        keep(warehouse, table, list(zip([name] * len(rows), keyed, unfit.texts, *where, current, strict=True)))
         if keys is None:
-            gone = Counter(text for row, text in _texts(changes, unfit.column).items() if changes.op[row] == DELETE)
-            for text, count in gone.items():
+            for text, count in Counter(text for text, d in zip(unfit.texts, gone, strict=True) if d).items():
                 _take(warehouse, table, name, text, count)
+
+
+def keep(warehouse: Warehouse, table: Table, entries: Sequence[tuple[str, str | None, str, int, int, bool]]) -> None:
+    """Write `entries`: column, key, text, lsn, seq and current of each."""
+    if not entries:
+        return
+    arrays = [pa.array(values, kind) for values, kind in zip(zip(*entries, strict=True), _KINDS, strict=True)]
+    with warehouse.view("_entries", pa.table(arrays, names=["name", "key", "value", "lsn", "seq", "current"])):
+        warehouse.execute(
+            "INSERT INTO _cdc.quarantine SELECT ?, ?, name, key, value, lsn, seq, current FROM _entries",
+            [table.schema, table.name],
+        )
 
 
 def forget_columns(warehouse: Warehouse, table: Table, names: list[str]) -> None:

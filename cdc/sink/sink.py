@@ -195,12 +195,14 @@ class Sink:
             self.write_tables([dataclasses.replace(table, state=state, reason=str(error))])
         return self.ledger.tables.get(error.oid)
 
-    def write_tables(self, tables: Iterable[Table]) -> None:
-        """Write rows of ``_cdc.tables`` in a transaction of their own."""
+    def write_tables(self, tables: Iterable[Table], *, requested: bool = False) -> None:
+        """Write rows of ``_cdc.tables`` in a transaction of their own; `requested`: that is what `cdc resync` asked."""
 
         def work() -> None:
             for table in tables:
                 self.ledger.put(table)
+                if requested:
+                    self.ledger.take_up(table.oid)
 
         self._alone(work)
 
@@ -293,11 +295,9 @@ class Sink:
             table = self.ledger.tables[chunk.oid]
             with of_table(table):
                 insert(self.warehouse, self._staging(table), chunk.rows)
-            for name, key, text, seq in chunk.unfit:  # LSN 0: not known to be in the table until the swap
-                self.warehouse.execute(
-                    "INSERT INTO _cdc.quarantine VALUES (?, ?, ?, ?, ?, 0, ?, false)",
-                    [table.schema, table.name, name, key, text, seq],
-                )
+            # LSN 0: not known to be in the table until the swap
+            entries = [(name, key, text, 0, seq, False) for name, key, text, seq in chunk.unfit]
+            quarantine.keep(self.warehouse, table, entries)
 
         self._alone(work)
         reach("during_copy")
@@ -423,11 +423,13 @@ class Sink:
         at = f"coalesce(t.{quote(DELETED_AT)}, now())" if key else f"t.{quote(DELETED_AT)}"
         names = ", ".join(map(quote, shared))
         label = quarantine.key_sql([(name, values[name]) for name in key])
+        misfits = f"FROM {target} t WHERE {where}"
         for name in shared:
             if old[name] != new[name]:
                 self.warehouse.execute(
-                    f"INSERT INTO _cdc.quarantine SELECT ?, ?, ?, {label}, CAST(t.{quote(name)} AS VARCHAR), ?, ?, true "
-                    f"FROM {target} t WHERE {where} AND t.{quote(name)} IS NOT NULL AND {values[name]} IS NULL",
+                    "INSERT INTO _cdc.quarantine "
+                    f"SELECT ?, ?, ?, {label}, CAST(t.{quote(name)} AS VARCHAR), ?, ?, true {misfits} "
+                    f"AND t.{quote(name)} IS NOT NULL AND {values[name]} IS NULL",
                     [table.schema, table.name, name, lsn, COPY_SEQ],
                 )
         self.warehouse.execute(

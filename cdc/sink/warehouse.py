@@ -143,6 +143,18 @@ class Warehouse:
             self.rollback()
             self._connection.close()
             self._connection = None
+            self._left_at = self._written_at()
+
+    @property
+    def touched(self) -> bool:
+        """Whether somebody has written to the file since it was released."""
+        return not self.held and self._written_at() != self._left_at
+
+    def _written_at(self) -> int:
+        try:
+            return self.path.stat().st_mtime_ns
+        except OSError:  # it is not there: no reason to open it
+            return self._left_at
 
     def interrupt(self) -> None:
         """Break off the statement that another thread is running.

@@ -31,10 +31,10 @@ from tests.mirror import Consumer, differences, run_cdc, states, until, warehous
 ONLY_18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 SCALE = 10
 # Transactions per second: such that the consumer keeps up on a slow machine, and a good part of its time is in a batch.
-RATE = 200
+RATE = 150
 KILLS_IN_COPY = 3
-KILLS_AT_START = 4
-KILLS_IN_STREAM = 14
+KILLS_AT_START = 3
+KILLS_IN_STREAM = 12
 KILLS_AT_POINTS = 6
 POINTS = (
     "before_duck_begin",
@@ -49,7 +49,7 @@ POINTS = (
     "after_ack",
 )
 KEYS = {"accounts": ["aid"], "branches": ["bid"], "tellers": ["tid"], "history": []}
-SMALL_BATCHES = {"flush_interval": "200ms", "flush_rows": "200"}
+SMALL_BATCHES = {"flush_interval": "200ms", "flush_rows": "300"}
 
 
 @dataclasses.dataclass
@@ -119,12 +119,17 @@ def _await(consumer: Consumer, word: str) -> None:
 def _copy_under_kills(database: Database, lake: Lake, rng: random.Random) -> int:
     """Copy all tables while pgbench runs; return how many of the kills came while a table was being copied (K1, K4)."""
     landed = 0
-    for _ in range(KILLS_IN_COPY):
-        with Consumer(lake, database.dsn, flush_rows="20000") as consumer:
+    for attempt in range(KILLS_IN_COPY):
+        # The first is sure to come in the middle of the accounts; the others come when they come.
+        where = "" if attempt else f"during_copy:{rng.randint(1, 40)}"
+        with Consumer(lake, database.dsn, flush_rows="20000", crash_at=where) as consumer:
             _await(consumer, "copy ")
-            time.sleep(rng.uniform(0.0, 2.0))
-            assert consumer.running, consumer.output
-            assert consumer.kill() == -signal.SIGKILL
+            if where:
+                assert consumer.wait() == -signal.SIGKILL, consumer.output
+            else:
+                time.sleep(rng.uniform(0.0, 2.0))
+                assert consumer.running, consumer.output
+                assert consumer.kill() == -signal.SIGKILL
         left = remains(database, lake)
         left.check()
         landed += "copying" in left.states.values()
@@ -190,9 +195,10 @@ def test_pgbench_while_the_consumer_is_killed_again_and_again(
     print(f"{len(left)} kills, {in_copy} more in copies; {sight.looks} looks; {dict(marks)}")  # noqa: T201
     assert len(left) >= 20
     assert all(before < after for before, after in itertools.pairwise(committed)), committed
-    in_batch = [kind for kind, r in left if r.uncommitted or r.unpublished or r.unconfirmed]
+    # A consumer that streams has cleared away what its predecessor left: these are of its own batches.
+    in_batch = [kind for kind, r in left if r.uncommitted or r.unpublished]
     assert in_batch.count("stream") >= 2, "hardly a random kill came in the middle of a batch"
-    assert sight.looks > len(left) + 20, "hardly anybody looked while the consumer was at work"
+    assert sight.looks > len(left) + 10, "hardly anybody looked while the consumer was at work"
 
     # A stop in order, under traffic.
     with Consumer(lake, database.dsn, **SMALL_BATCHES) as consumer:

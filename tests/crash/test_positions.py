@@ -135,7 +135,8 @@ def test_the_server_forgets_what_was_confirmed(database: Database, lake: Lake) -
         commit_together(database, attempt * 100 + 50, 5)
         once(database, lake)
         equal(database, lake, PAIR)
-        if sum(commit.end_lsn <= before.checkpoint for commit in again) == 20:
+        # The server writes slots down at other moments too: then it forgets less, or nothing.
+        if sum(commit.end_lsn <= before.checkpoint for commit in again) >= 20:
             assert after.confirmed is not None
             assert after.confirmed < before.confirmed
             return
@@ -209,7 +210,7 @@ def test_the_slot_is_never_ahead_of_the_warehouse(database: Database, lake: Lake
     database.execute(SCHEMA)
     once(database, lake)
     seen: set[int] = set()
-    with Traffic(database, 4), Consumer(lake, database.dsn, flush_interval="100ms") as consumer:
+    with Traffic(database, 4), Consumer(lake, database.dsn, flush_interval="500ms") as consumer:
         until(lambda: "streaming" in consumer.output)
 
         def observed() -> bool:
@@ -217,7 +218,7 @@ def test_the_slot_is_never_ahead_of_the_warehouse(database: Database, lake: Lake
             told = confirmed(database)
             assert told <= checkpoint(lake), "confirmed before it was durable"
             seen.add(told)
-            return len(seen) >= 20
+            return len(seen) >= 8
 
         until(observed)
         # From here on the order of the two does not matter.

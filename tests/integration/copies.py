@@ -149,7 +149,7 @@ def pgbench(database: Database, *options: str) -> Iterator[subprocess.Popen[byte
         until(lambda: not database.execute(busy), what="pgbench's sessions to end")
 
 
-def fill(database: Database, table: str, rows: int = 100_000) -> None:
+def fill(database: Database, table: str, rows: int = 5000) -> None:
     """Create `table` with a key, some rows of about 100 bytes and a second column."""
     database.execute(
         f"CREATE TABLE {table} (id int PRIMARY KEY, v int NOT NULL DEFAULT 0, pad text NOT NULL DEFAULT '');"

@@ -44,6 +44,7 @@ class Gate:
         self._closed = False
         self._newcomers_wait = False
         self._most_bytes: int | None = None
+        self._streams_wait = False
         self._waiting = 0
         self._admitted = 0
 
@@ -71,7 +72,7 @@ class Gate:
 
     def hold_newcomers(self) -> None:
         """From now on, let no new connection through; those that there are go on."""
-        self._set(newcomers_wait=True, most_bytes=None)
+        self._set(newcomers_wait=True)
 
     def admit(self) -> None:
         """Let one of the connections that wait through; the others go on waiting."""
@@ -81,15 +82,20 @@ class Gate:
 
     def hold_rows(self, most_bytes: int) -> None:
         """Hold the server's side of each connection that has brought so many bytes, but for replication's."""
-        self._set(newcomers_wait=False, most_bytes=most_bytes)
+        self._set(most_bytes=most_bytes)
+
+    def hold_streams(self) -> None:
+        """Hold what the server streams, but not its answers to other commands on replication connections."""
+        self._set(streams_wait=True)
 
     def open(self) -> None:
         """Let everything through."""
-        self._set(newcomers_wait=False, most_bytes=None)
+        self._set()
 
-    def _set(self, *, newcomers_wait: bool, most_bytes: int | None) -> None:
+    def _set(self, *, newcomers_wait: bool = False, most_bytes: int | None = None, streams_wait: bool = False) -> None:
         with self._changed:
-            self._newcomers_wait, self._most_bytes = newcomers_wait, most_bytes
+            self._newcomers_wait, self._most_bytes, self._streams_wait = newcomers_wait, most_bytes, streams_wait
+            self._admitted = 0
             self._changed.notify_all()
 
     def _start(self, work: Callable[..., None], *arguments: object) -> None:
@@ -114,13 +120,13 @@ class Gate:
         server = socket.socket()
         server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
         self._sockets.append(server)
-        replicates = threading.Event()
+        replicates, streams = threading.Event(), threading.Event()
         with contextlib.suppress(OSError):
             server.connect(self._server)
             for each in (client, server):
                 each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._start(self._upwards, client, server, replicates)
-            self._downwards(server, client, replicates)
+            self._start(self._upwards, client, server, replicates, streams)
+            self._downwards(server, client, replicates, streams)
 
     def _turned_away(self) -> bool:
         if self._newcomers_wait and self._admitted:
@@ -129,26 +135,34 @@ class Gate:
         return self._newcomers_wait
 
     @staticmethod
-    def _upwards(client: socket.socket, server: socket.socket, replicates: threading.Event) -> None:
+    def _upwards(
+        client: socket.socket, server: socket.socket, replicates: threading.Event, streams: threading.Event
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := client.recv(_CHUNK):
                 # The startup packet, which may come after a question about encryption.
                 if not replicates.is_set() and b"replication\0" in data:
                     replicates.set()
+                if replicates.is_set() and b"START_REPLICATION" in data:
+                    streams.set()
                 server.sendall(data)
         with contextlib.suppress(OSError):
             server.shutdown(socket.SHUT_WR)
 
-    def _downwards(self, server: socket.socket, client: socket.socket, replicates: threading.Event) -> None:
+    def _downwards(
+        self, server: socket.socket, client: socket.socket, replicates: threading.Event, streams: threading.Event
+    ) -> None:
         size = 0
 
-        def too_much() -> bool:
-            return self._most_bytes is not None and size > self._most_bytes and not replicates.is_set()
+        def held() -> bool:
+            if replicates.is_set():
+                return self._streams_wait and streams.is_set()
+            return self._most_bytes is not None and size > self._most_bytes
 
         with contextlib.suppress(OSError):
             while data := server.recv(_CHUNK):
                 size += len(data)
-                self._wait(too_much)
+                self._wait(held)
                 client.sendall(data)
         for each in (server, client):
             with contextlib.suppress(OSError):

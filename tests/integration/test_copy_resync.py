@@ -21,6 +21,7 @@ from tests.integration.copies import (
     equal,
     fill,
     leftovers,
+    locks,
     log,
     pgbench,
     settle,
@@ -73,7 +74,7 @@ def test_resync_under_load(database: Database, lake: Lake) -> None:
         second = copy_lsns(lake)
         assert {table for table in second if second[table] != first[table]} == set(again)
         resync(lake, database.dsn, *again)
-        assert states(lake)["public.pgbench_accounts"] == "resyncing"
+        assert copy_lsns(lake) == second
         before = database.execute("SELECT count(*) FROM pgbench_history")[0][0]
         until(lambda: database.execute("SELECT count(*) FROM pgbench_history")[0][0] > before + 50)
         with Consumer(lake, database.dsn) as consumer:
@@ -92,7 +93,7 @@ def test_resync_under_load(database: Database, lake: Lake) -> None:
 @pytest.mark.parametrize("key", [("id",), ()], ids=["keyed", "keyless"])
 def test_old_content_is_read_until_the_swap(database: Database, lake: Lake, key: Sequence[str]) -> None:
     """The old content is kept up to date, by each transaction, until the new one is there."""
-    fill(database, "t", 100_000)
+    fill(database, "t")
     if not key:
         database.execute("ALTER TABLE t DROP CONSTRAINT t_pkey; ALTER TABLE t REPLICA IDENTITY FULL")
     mirror_once(lake, database.dsn)
@@ -101,10 +102,10 @@ def test_old_content_is_read_until_the_swap(database: Database, lake: Lake, key:
         settle(consumer, database, lake)
         gate.hold_rows(SOME_BYTES)
         resync(lake, database.dsn, "public.t")
-        until(lambda: gate.waiting, what="the copy to be under way")
+        until(lambda: gate.waiting, 8, "the copy to begin at once, though nothing else happens")
         for i in range(1, 4):
             database.execute(f"UPDATE t SET v = {i} WHERE id <= 10; DELETE FROM t WHERE id = {100 + i}")
-            want = [(100_000 - i, 10 * i)]
+            want = [(5000 - i, 10 * i)]
             until(lambda: warehouse_rows(lake, "SELECT count(*), sum(v) FROM public.t") == want, 20)  # noqa: B023
             assert states(lake)["public.t"] == "resyncing"
         assert gate.waiting
@@ -145,7 +146,7 @@ def test_resync_of_what_is_being_copied(database: Database, lake: Lake) -> None:
 @pg18
 def test_resync_during_the_swap(database: Database, lake: Lake) -> None:
     """Asked for after the snapshot: what is streamed from then on is still in the copy that is swapped in."""
-    fill(database, "t", 100_000)
+    fill(database, "t")
     mirror_once(lake, database.dsn)
     with Gate(database.dsn) as gate, Consumer(lake, gate.dsn) as consumer:
         settle(consumer, database, lake)
@@ -168,7 +169,7 @@ def test_resync_mends_what_somebody_broke(database: Database, lake: Lake) -> Non
     """Changes that do not fit the old content any more do not keep the new one from being right."""
     database.execute(
         "CREATE TABLE t (v int, pad text); ALTER TABLE t REPLICA IDENTITY FULL;"
-        "INSERT INTO t SELECT i, repeat(md5(i::text), 3) FROM generate_series(1, 100000) AS i"
+        "INSERT INTO t SELECT i, repeat(md5(i::text), 3) FROM generate_series(1, 5000) AS i"
     )
     mirror_once(lake, database.dsn)
     with duckdb.connect(str(lake.warehouse)) as theirs:
@@ -192,7 +193,7 @@ def test_unpublished_and_published_again_during_its_copy(database: Database, lak
     """G5: what is changed while the table is not published is in no stream: only a newer copy has it."""
     database.execute("CREATE PUBLICATION mine; CREATE TABLE other (id int PRIMARY KEY)")
     mirror_once(lake, database.dsn, publication="mine")
-    fill(database, "t", 100_000)
+    fill(database, "t")
     database.execute("ALTER PUBLICATION mine ADD TABLE t, other")
     with Gate(database.dsn) as gate, Consumer(lake, gate.dsn, publication="mine") as consumer:
         gate.hold_rows(SOME_BYTES)
@@ -211,25 +212,33 @@ def test_unpublished_and_published_again_during_its_copy(database: Database, lak
 
 
 @pg18
-def test_moved_to_the_other_publication_during_its_copy(database: Database, lake: Lake) -> None:
-    """C13: its updates were not in the stream until it had a key."""
+def test_moved_to_the_other_publication_before_the_swap(database: Database, lake: Lake) -> None:
+    """C13: until the table has a key its updates are not in the stream, nor are they in a copy that was made before."""
     mirror_once(lake, database.dsn)
-    fill(database, "t", 100_000)
+    fill(database, "t")
     database.execute("ALTER TABLE t DROP CONSTRAINT t_pkey")
+    blocker = blocking(database)
     with Gate(database.dsn) as gate, Consumer(lake, gate.dsn) as consumer:
-        gate.hold_rows(SOME_BYTES)
-        until(lambda: gate.waiting, what="the copy to be under way")
+        await_waiting_slot(database, consumer)
+        gate.hold_streams()  # so that the checkpoint does not come to the copy's LSN
+        before = copy_lsns(lake)
+        blocker.rollback()
+        staged = "SELECT sum(estimated_size) FROM duckdb_tables() WHERE table_name LIKE '_cdc_copy%'"
+        until(lambda: warehouse_rows(lake, staged) == [(5000,)], what="all rows to be read")
+        until(lambda: not locks(database, "t"))
         assert states(lake)["public.t"] == "copying"
         database.execute("UPDATE t SET v = 5 WHERE id = 5; ALTER TABLE t REPLICA IDENTITY FULL")
-        database.execute("UPDATE t SET v = 6 WHERE id = 6")
         member = "SELECT 1 FROM pg_publication_tables WHERE pubname = 'cdc' AND tablename = 't'"
+        assert not database.execute(member)
         until(lambda: database.execute(member), 20, "the poll to move it")
+        assert copy_lsns(lake) == before
         gate.open()
         await_states(consumer, lake, "streaming", "public.t")
         database.execute("UPDATE t SET v = 7 WHERE id = 7")
         settle(consumer, database, lake)
-        until(lambda: states(lake)["public.t"] == "streaming", 30, consumer.output)
+        await_states(consumer, lake, "streaming", "public.t")
         equal(database, lake, {"public.t": []})
+        assert not leftovers(lake)
 
 
 def test_fresh_without_the_warehouse(database: Database, lake: Lake) -> None:
@@ -257,10 +266,10 @@ def test_fresh_without_the_warehouse(database: Database, lake: Lake) -> None:
 
 def test_fresh_with_the_warehouse(database: Database, lake: Lake) -> None:
     """Old content stays readable until its copy is there; an active slot is not taken."""
-    fill(database, "t", 100_000)
+    fill(database, "t")
     database.execute("CREATE TABLE gone (id int PRIMARY KEY); INSERT INTO gone VALUES (1)")
     mirror_once(lake, database.dsn)
-    database.execute("DELETE FROM t WHERE id > 99000; DROP TABLE gone")
+    database.execute("DELETE FROM t WHERE id > 4000; DROP TABLE gone")
     with Consumer(lake, database.dsn) as consumer:
         settle(consumer, database, lake)
         other = Lake(lake.root, lake.root / "other.duckdb", lake.root / "other")
@@ -272,13 +281,13 @@ def test_fresh_with_the_warehouse(database: Database, lake: Lake) -> None:
         settle(consumer, database, lake)
         equal(database, lake, {"public.t": ["id"]})
         assert consumer.stop() == 0
-    database.execute("DELETE FROM t WHERE id > 98000")
+    database.execute("DELETE FROM t WHERE id > 3000")
     old = len(history_files(lake))
     with Gate(database.dsn) as gate:
         gate.hold_rows(SOME_BYTES)
         with Consumer(lake, gate.dsn, "--fresh") as consumer:
             until(lambda: gate.waiting, what="the copy to be under way")
-            assert warehouse_rows(lake, "SELECT count(*) FROM public.t") == [(99_001,)]
+            assert warehouse_rows(lake, "SELECT count(*) FROM public.t") == [(4001,)]
             gate.open()
             await_states(consumer, lake, "streaming", "public.t")
             settle(consumer, database, lake)

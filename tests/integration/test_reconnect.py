@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
@@ -100,7 +101,7 @@ def has(lake: Lake, rows: int) -> bool:
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
-def test_server_restart(database: Database, lake: Lake, mode: str) -> None:
+def test_server_restart(database: Database, lake: Lake, mode: Literal["fast", "immediate"]) -> None:
     """J9: the server stops (57P01, refused connections, 57P03 while it starts) and comes back; nothing is missing."""
     database.execute("CREATE TABLE t (id int PRIMARY KEY, v text)")
     with Consumer(lake, database.dsn, flush_interval="100ms") as consumer:
@@ -182,7 +183,7 @@ def test_slot_in_use_elsewhere(database: Database, lake: Lake) -> None:
         active = "SELECT active FROM pg_replication_slots WHERE slot_name = 'cdc'"
         until(lambda: database.execute(active) == [(True,)])
         with Consumer(lake, database.dsn, flush_interval="100ms") as consumer:
-            until(lambda: "waiting for Postgres" in consumer.output, what=consumer.output)
+            until(lambda: "waiting for the replication slot" in consumer.output, what=consumer.output)
             assert other.poll() is None, "the one that had the slot was thrown out"
             assert consumer.running
             # Killed, so that it confirms nothing of what it has received.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,14 +141,15 @@ def test_forgetting_the_position(warehouse: Warehouse, ledger: Ledger) -> None:
     assert {oid: t.state for oid, t in found.tables.items()} == states | {1: "pending", 2: "pending"}
 
 
-def test_marks_of_another_process(warehouse: Warehouse, ledger: Ledger) -> None:
-    """`cdc resync` marks tables between two flushes; the consumer takes the marks over, once."""
+def test_marks_of_another_process(ledger: Ledger) -> None:
+    """`cdc resync` marks tables between two flushes; a mark stays until the consumer has taken it up."""
     ledger.put(TABLE)
     ledger.put(Table(2, "public", "new", "pending"))
     assert ledger.requested() == []
-    warehouse.execute("UPDATE _cdc.tables SET state = 'resyncing', reason = '' WHERE oid = ?", [TABLE.oid])
+    ledger.request(TABLE.oid)
+    ledger.put(dataclasses.replace(TABLE, reason="changed meanwhile"))
     assert ledger.requested() == [TABLE.oid]
-    assert ledger.tables[TABLE.oid].state == "resyncing"
+    ledger.take_up(TABLE.oid)
     assert ledger.requested() == []
 
 

@@ -1,0 +1,167 @@
+"""What does not fit: unchanged values beyond the memory, tombstones of another type, a swap beyond the time to stop."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import time
+
+import duckdb
+import pytest
+
+from cdc.errors import SinkError
+from cdc.sink.warehouse import Warehouse
+from tests.conftest import Database, Lake
+from tests.integration.copies import await_states, equal, leftovers, settle
+from tests.integration.gate import Gate
+from tests.integration.steps import agree, quarantine, sync, table_state
+from tests.mirror import PROGRAM, Consumer, mirror_once, run_cdc, states, until, warehouse_rows
+
+pg18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
+
+MEGABYTE = 1_000_000
+
+
+@pg18
+def test_unchanged_values_beyond_the_memory(database: Database, lake: Lake) -> None:
+    """D1, C17: one flag of 6,000 rows, and 300 MB of text beside it that has to be looked up, with 100 MB for DuckDB."""
+    rows, size = 6000, 50_000
+    database.execute(
+        "CREATE TABLE t (id int PRIMARY KEY, seen bool NOT NULL, body text);"
+        "ALTER TABLE t ALTER body SET STORAGE EXTERNAL;"
+        f"INSERT INTO t SELECT i, false, repeat(md5(i::text), {size // 32}) FROM generate_series(1, {rows}) AS i"
+    )
+    settings = {"memory": "100MB", "flush_rows": "100000", "history": ""}
+    done = run_cdc(lake, database.dsn, "run", "--once", **settings)
+    assert done.returncode == 0, done.stderr
+    before = database.execute("SELECT pg_current_wal_lsn()")
+    database.execute("UPDATE t SET seen = true")
+    ((written,),) = database.execute("SELECT (pg_current_wal_lsn() - %s::pg_lsn)::int8", list(before[0]))
+    assert written < rows * size / 20, "the texts themselves were written once more"
+    done = run_cdc(lake, database.dsn, "run", "--once", **settings)
+    assert done.returncode == 0, done.stderr
+    assert states(lake) == {"public.t": "streaming"}
+    want = database.execute("SELECT count(*), count(*) FILTER (WHERE seen), sum(length(body))::int8 FROM t")
+    assert warehouse_rows(lake, "SELECT count(*), count(*) FILTER (WHERE seen), sum(length(body))::BIGINT FROM t") == want
+    wrong = f"SELECT count(*) FROM t WHERE body IS DISTINCT FROM repeat(md5(id::VARCHAR), {size // 32})"
+    assert warehouse_rows(lake, wrong) == [(0,)]
+
+
+@pytest.mark.parametrize("key", ["id", ""], ids=["keyed", "keyless"])
+def test_tombstone_that_the_new_type_cannot_hold(database: Database, lake: Lake, key: str) -> None:
+    """H5, L1: the deleted row was never cast by Postgres; it stays, with NULL, and its text is in the quarantine."""
+    identity = "ADD PRIMARY KEY (id)" if key else "REPLICA IDENTITY FULL"
+    database.execute(
+        f"CREATE TABLE t (id int, v text); ALTER TABLE t {identity}; INSERT INTO t VALUES (1, 'abc'), (2, '2'), (3, '3')"
+    )
+    sync(database, lake, deletes="soft")
+    database.execute("DELETE FROM t WHERE id = 1; DELETE FROM t WHERE id = 2")
+    sync(database, lake, deletes="soft")
+    dead = "SELECT id, v FROM t WHERE _deleted_at IS NOT NULL ORDER BY id"
+    assert warehouse_rows(lake, dead) == [(1, "abc"), (2, "2")]
+    stamps = "SELECT id, _deleted_at::VARCHAR FROM t WHERE _deleted_at IS NOT NULL ORDER BY id"
+    before = warehouse_rows(lake, stamps)
+    database.execute("ALTER TABLE t ALTER v TYPE int USING v::int")
+    database.execute("INSERT INTO t VALUES (4, 4)")
+    sync(database, lake, deletes="soft")
+    assert table_state(lake, "public.t") == ("streaming", "")
+    assert warehouse_rows(lake, dead) == [(1, None), (2, 2)]
+    assert warehouse_rows(lake, stamps) == before
+    assert warehouse_rows(lake, "SELECT id, v FROM t WHERE _deleted_at IS NULL ORDER BY id") == [(3, 3), (4, 4)]
+    label = '{"id": "1"}' if key else None
+    assert quarantine(lake, "public.t") == [("v", label, "abc", True)]
+    if key:
+        database.execute("INSERT INTO t VALUES (1, 11)")
+        sync(database, lake, deletes="soft")
+        assert quarantine(lake, "public.t") == [("v", label, "abc", False)]
+        assert warehouse_rows(lake, "SELECT id, v FROM t WHERE _deleted_at IS NULL ORDER BY id") == [
+            *((1, 11), (3, 3), (4, 4))
+        ]
+
+
+@pg18
+def test_stop_during_a_long_swap(database: Database, lake: Lake) -> None:
+    """J21, C17: changes buffered for a copy take longer than the consumer has after a signal."""
+    database.execute(
+        "CREATE TABLE t (id int PRIMARY KEY, v int NOT NULL DEFAULT 0, pad text);"
+        "INSERT INTO t (id, pad) SELECT i, repeat(md5(i::text), 3) FROM generate_series(1, 30000) AS i"
+    )
+    with Gate(database.dsn) as gate:
+        gate.hold_rows(100_000)
+        with Consumer(lake, gate.dsn, flush_rows="100", flush_interval="0.1") as consumer:
+            until(lambda: gate.waiting and states(lake).get("public.t") == "copying", what=consumer.output)
+            database.execute("UPDATE t SET v = 1; UPDATE t SET v = 2; UPDATE t SET v = 3")
+            database.execute("UPDATE t SET v = 4; DELETE FROM t WHERE id <= 100")
+            settle(consumer, database, lake)
+            ((chunks,),) = warehouse_rows(lake, "SELECT count(*) FROM _cdc.buffer")
+            assert chunks >= 1000
+            gate.open()
+            held_since = time.monotonic()
+
+            def swapping() -> bool:
+                nonlocal held_since
+                assert "copied" not in consumer.output, "the swap was too quick"
+                try:
+                    duckdb.connect(str(lake.warehouse), read_only=True).close()
+                except duckdb.IOException:
+                    return time.monotonic() - held_since > 1
+                held_since = time.monotonic()
+                return False
+
+            until(swapping, what=consumer.output)
+            began = time.monotonic()
+            assert consumer.stop(15) == 0, consumer.output
+            assert time.monotonic() - began < 10
+            assert "copied" not in consumer.output, "the swap was too quick"
+            assert "stopped before everything was flushed" in consumer.output
+            assert "Traceback" not in consumer.output
+    assert states(lake) == {"public.t": "copying"}
+    database.execute("UPDATE t SET v = 5 WHERE id = 200")
+    mirror_once(lake, database.dsn)
+    equal(database, lake, {"public.t": ["id"]})
+    assert not leftovers(lake)
+
+
+def limited(lake: Lake, dsn: str, file_bytes: int) -> subprocess.CompletedProcess[str]:
+    """Run `cdc run --once`, as `run_cdc` does, with no room for files larger than that."""
+    return subprocess.run(
+        [*PROGRAM, "run", "--once"],
+        env=lake.environment(dsn, history=""),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        cwd=lake.root,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY)),
+    )
+
+
+@pg18
+def test_no_room_in_the_middle_of_a_commit(database: Database, lake: Lake) -> None:
+    """L5: one line of error, one of hint; nothing is confirmed, and the next start goes on from there."""
+    database.execute("CREATE TABLE t (id int PRIMARY KEY, v text)")
+    mirror_once(lake, database.dsn, history="")
+    room = lake.warehouse.stat().st_size + 300_000
+    database.execute("INSERT INTO t SELECT i, repeat(md5(i::text), 3) FROM generate_series(1, 30000) AS i")
+    failed = limited(lake, database.dsn, room)
+    assert failed.returncode == 1, failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert failed.stderr.count("error: ") == 1
+    assert failed.stderr.count("hint: free some space") == 1
+    mirror_once(lake, database.dsn, history="")
+    agree(database, lake, {"public.t": None})
+
+
+class _Broken:
+    """A connection whose COMMIT fails for good, as when DuckDB cannot write its checkpoint."""
+
+    def execute(self, statement: str, _parameters: object = None) -> _Broken:
+        if statement == "COMMIT":
+            raise duckdb.FatalException("FATAL Error: Failed to commit: no room\nmore of it")
+        return self
+
+    def fetchall(self) -> list[tuple[object, ...]]:
+        return []
+
+    def close(self) -> None:
+        pass
