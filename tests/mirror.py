@@ -40,6 +40,8 @@ __all__ = [
 
 PROGRAM = (sys.executable, "-c", "from cdc.cli import main; main()")
 
+RUN_TIMEOUT_S = 100.0
+
 # Types that both clients read as the same Python values; all others are compared as text: timestamptz, which duckdb
 # reads through pytz alone, uuid, which Parquet holds as text, numeric, which is a decimal here or text. A float4 gets
 # the digits of a float8, as both are floats.
@@ -55,9 +57,7 @@ def until(condition: Callable[[], object], timeout_s: float = 60.0, what: str = 
         time.sleep(0.05)
 
 
-def run_cdc(
-    lake: Lake, dsn: str, *arguments: str, timeout_s: float = 100.0, **settings: str
-) -> subprocess.CompletedProcess[str]:
+def run_cdc(lake: Lake, dsn: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run one command of cdc to its end."""
     return subprocess.run(
         [*PROGRAM, *arguments],
@@ -65,7 +65,7 @@ def run_cdc(
         capture_output=True,
         text=True,
         check=False,
-        timeout=timeout_s,
+        timeout=RUN_TIMEOUT_S,
         cwd=lake.root,
     )
 
@@ -309,7 +309,7 @@ def differences(database: Database, lake: Lake, table: str, key: Sequence[str] |
 
 def status(lake: Lake, dsn: str, **settings: str) -> Any:
     """Return `cdc status --json`."""
-    done = run_cdc(lake, dsn, "status", "--json", timeout_s=100.0, **settings)
+    done = run_cdc(lake, dsn, "status", "--json", **settings)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

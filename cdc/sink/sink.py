@@ -339,9 +339,6 @@ class Sink:
                 deletes=self._deletes,
             )
             staging, target = self._staging(old), self._target(old)
-            if self._deletes == "soft":
-                with of_table(old):
-                    self._carry_tombstones(old, lsn, key)
             here = [old.schema, old.name]
             where = "schema_name = ? AND table_name = ?"
             # What was applied since L comes again below, from the buffer.
@@ -350,6 +347,9 @@ class Sink:
             self.warehouse.execute(
                 f"UPDATE _cdc.quarantine SET current = true, lsn = ? WHERE {where} AND lsn = 0", [lsn, *here]
             )
+            if self._deletes == "soft":
+                with of_table(old):
+                    self._carry_tombstones(old, lsn, key)
             if self.history.root:
                 self.history.write(old.schema, old.name, _truncation(lsn, columns))
             self.ledger.put(new)

@@ -162,7 +162,8 @@ def _take(
 
 def _session(dsn: str, name: str, table: TableDefinition, stack: contextlib.ExitStack) -> Connection:
     """Return a session within the snapshot `name` that has its lock on `table`."""
-    session = stack.enter_context(connect(dsn))
+    session = connect(dsn)
+    stack.callback(session.close)  # not its own context, which would try a ROLLBACK in the middle of a COPY
     # A partitioned table with all its partitions; the children of any other are tables of their own.
     only = sql.SQL("ONLY " if table.relkind == "r" else "")
     lock = sql.SQL("LOCK TABLE {}{} IN ACCESS SHARE MODE NOWAIT").format(only, _identifier(table))

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit, urlunsplit
 from tests.conftest import Database, Lake
 from tests.mirror import differences, run_cdc, until
 
-__all__ = ["LOG_LINE", "Middleman", "await_sent", "complete", "fatal", "reader", "refused", "rows", "took"]
+__all__ = ["LOG_LINE", "Middleman", "await_sent", "call", "complete", "fatal", "reader", "refused", "rows", "took"]
 
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z [a-z]")
 """How a line of normal operation begins."""
@@ -44,6 +44,11 @@ def refused(done: subprocess.CompletedProcess[str], status: int = 1) -> tuple[st
     return said
 
 
+def call(lake: Lake, dsn: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run one command of cdc to its end, which has to come within a minute."""
+    return run_cdc(lake, dsn, *arguments, **settings)
+
+
 def rows(database: Database, *ids: int) -> None:
     """Insert rows into public.t, which is made if it is not there."""
     database.execute("CREATE TABLE IF NOT EXISTS t (id int PRIMARY KEY, v text)")
@@ -53,7 +58,7 @@ def rows(database: Database, *ids: int) -> None:
 
 def complete(database: Database, lake: Lake, dsn: str = "", **settings: str) -> str:
     """Assert that a run now brings everything in, and public.t is the same everywhere; return what it said."""
-    done = run_cdc(lake, dsn or database.dsn, "run", "--once", **settings)  # type: ignore[arg-type]
+    done = call(lake, dsn or database.dsn, "run", "--once", **settings)
     assert done.returncode == 0, done.stderr
     key = ["id"] if settings.get("history") != "" else None
     assert differences(database, lake, "public.t", key) == ""

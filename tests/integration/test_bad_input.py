@@ -24,8 +24,8 @@ from cdc.embedded import EmbeddedServer
 from cdc.installation import installations
 from cdc.source.connection import connect_replication, run_command
 from tests.conftest import REQUIRED_MAJOR, Database, Lake, _drop
-from tests.integration.refusals import Middleman, complete, fatal, reader, refused, rows, took
-from tests.mirror import Consumer, differences, run_cdc, states, until, warehouse_rows
+from tests.integration.refusals import Middleman, call, complete, fatal, reader, refused, rows, took
+from tests.mirror import Consumer, differences, states, until, warehouse_rows
 
 pg18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 
@@ -100,7 +100,7 @@ def test_dsn_that_leads_nowhere(guarded: Database, lake: Lake) -> None:
         ({"user": "nobody_here"}, 'password authentication failed for user "nobody_here"', "check the password"),
         ({"sslmode": "require"}, "SSL", "sslmode"),
     ):
-        done = run_cdc(lake, make_conninfo(guarded.dsn, **changes), "run", "--once")
+        done = call(lake, make_conninfo(guarded.dsn, **changes), "run", "--once")
         error, advice = refused(done)
         assert words in error
         assert hint in advice
@@ -127,14 +127,14 @@ def test_dsn_that_cannot_be_read(guarded: Database, lake: Lake) -> None:
         "host=h port=x password hunter2",
         "postgresql://h:99999/d",
     ):
-        done = run_cdc(lake, dsn, "--debug", "run", "--once")
+        done = call(lake, dsn, "--debug", "run", "--once")
         assert done.returncode == 2, f"{dsn}: {done.stderr}"
         keeps_secrets(done)
         traceback, _, said = done.stderr.partition("\nerror: ")
         assert "Traceback" in traceback
         assert said.startswith("CDC_DSN is no connection string"), said
         assert "hint: write it as postgresql://" in said
-    assert "at least" not in refused(run_cdc(lake, "nonsense=1", "run"), 2)[0]
+    assert "at least" not in refused(call(lake, "nonsense=1", "run"), 2)[0]
     complete(guarded, lake)
 
 
@@ -152,17 +152,17 @@ def test_wrong_password(guarded: Database, lake: Lake) -> None:
         ["teardown"],
         ["resync", "--all"],
     ):
-        done = run_cdc(lake, wrong, *command)
+        done = call(lake, wrong, *command)
         error, hint = refused(done)
         assert 'password authentication failed for user "postgres"' in error
         assert "check the password" in hint
         keeps_secrets(done)
-    done = run_cdc(lake, wrong, "run", "--debug")
+    done = call(lake, wrong, "run", "--debug")
     assert (done.returncode, done.stderr.count("Traceback")) == (1, 1)
     assert done.stderr.splitlines()[-2].startswith("error: ")
     keeps_secrets(done)
     error, _ = refused(
-        run_cdc(lake, make_conninfo("", host="127.0.0.1", port=guarded.server.port, user="postgres"), "run")
+        call(lake, make_conninfo("", host="127.0.0.1", port=guarded.server.port, user="postgres"), "run")
     )
     assert "no password supplied" in error
     rows(guarded, 2)
@@ -177,7 +177,7 @@ def test_wal_level(guarded: Database, lake: Lake) -> None:
     rows(guarded, 1)
     guarded.server.restart(wal_level="replica")
     assert guarded.execute("SHOW wal_level") == [("replica",)]
-    error, hint = refused(run_cdc(lake, guarded.dsn, "run"))
+    error, hint = refused(call(lake, guarded.dsn, "run"))
     assert error == "wal_level is replica, not logical"
     assert "ALTER SYSTEM SET wal_level = 'logical'" in hint
     assert guarded.execute(MADE) == [(0, 0)]
@@ -189,11 +189,11 @@ def test_older_postgres(database: Database, lake: Lake) -> None:
     """J17: what is too old is refused by its name, before anything is asked that it would not understand."""
     rows(database, 1)
     with Middleman(database.dsn, version="14.12") as old:
-        error, hint = refused(run_cdc(lake, old.dsn, "run"))
+        error, hint = refused(call(lake, old.dsn, "run"))
         assert old.forwarded
         assert error == "PostgreSQL 14 is older than 15, the oldest that is supported"
         assert "upgrade the server" in hint
-        found = run_cdc(lake, old.dsn, "check")
+        found = call(lake, old.dsn, "check")
         assert (found.returncode, error in found.stdout) == (3, True)
     complete(database, lake)
 
@@ -212,12 +212,12 @@ def test_port_of_a_pooler(database: Database, lake: Lake, parameter: str) -> Non
         return fatal(words) if b"\0" + parameter.encode() + b"\0" in startup else None
 
     with Middleman(database.dsn, answer) as pooler:
-        error, hint = refused(run_cdc(lake, pooler.dsn, "run"))
+        error, hint = refused(call(lake, pooler.dsn, "run"))
         assert words in error
         assert "a connection pooler is in between: use the port of the server itself" in hint
         assert pooler.refused
         assert bool(pooler.forwarded) == (parameter == "replication")
-        found = run_cdc(lake, pooler.dsn, "check")
+        found = call(lake, pooler.dsn, "check")
         if parameter == "replication":
             assert found.returncode == 3
             assert words in found.stdout
@@ -236,7 +236,7 @@ def test_role_that_may_not_replicate(database: Database, lake: Lake, role: str) 
     database.execute(f"ALTER ROLE {role} NOREPLICATION; GRANT CREATE ON DATABASE {database.name} TO {role}")
     database.execute(f"ALTER TABLE t OWNER TO {role}")
     dsn = make_conninfo(database.dsn, user=role)
-    error, hint = refused(run_cdc(lake, dsn, "run"))
+    error, hint = refused(call(lake, dsn, "run"))
     assert error == f"role {role} may not replicate"
     assert database.execute(MADE) == [(0, 0)]
     database.execute(hint.partition(";")[0])
@@ -247,10 +247,10 @@ def test_table_that_may_not_be_read(database: Database, lake: Lake, role: str) -
     """J17, K9: at the first start nothing begins without it; later on its copy is not needed any more."""
     rows(database, 1)
     database.execute(f"CREATE TABLE other (id int PRIMARY KEY); GRANT SELECT ON other TO {role}")
-    assert run_cdc(lake, database.dsn, "setup", "--apply", "--role", role).returncode == 0
+    assert call(lake, database.dsn, "setup", "--apply", "--role", role).returncode == 0
     database.execute(f"REVOKE SELECT ON t FROM {role}")
     dsn = make_conninfo(database.dsn, user=role)
-    error, hint = refused(run_cdc(lake, dsn, "run", "--once"))
+    error, hint = refused(call(lake, dsn, "run", "--once"))
     assert error == "no right to read table public.t"
     assert hint == f'GRANT SELECT ON "public"."t" TO "{role}"'
     assert database.execute(MADE) == [(0, 2)]
@@ -267,11 +267,11 @@ def test_publication_that_may_not_be_made(database: Database, lake: Lake, role: 
     dsn = make_conninfo(database.dsn, user=role)
     ((may,),) = database.execute("SELECT has_database_privilege(%s, current_database(), 'CREATE')", [role])
     assert not may
-    error, hint = refused(run_cdc(lake, dsn, "run"))
+    error, hint = refused(call(lake, dsn, "run"))
     assert error == "publication cdc is missing, and we may not create it"
     assert "`cdc setup`" in hint
     assert database.execute(MADE) == [(0, 0)]
-    database.psql(run_cdc(lake, database.dsn, "setup", "--role", role).stdout)
+    database.psql(call(lake, database.dsn, "setup", "--role", role).stdout)
     complete(database, lake, dsn)
 
 
@@ -280,7 +280,7 @@ def test_publication_of_tables_that_are_not_ours(database: Database, lake: Lake,
     rows(database, 1)
     database.execute(f"GRANT CREATE ON DATABASE {database.name} TO {role}; GRANT SELECT ON t TO {role}")
     dsn = make_conninfo(database.dsn, user=role)
-    error, hint = refused(run_cdc(lake, dsn, "run"))
+    error, hint = refused(call(lake, dsn, "run"))
     assert error == "table public.t is not ours to publish"
     assert database.execute(MADE) == [(0, 0)]
     database.execute(hint.removeprefix("as its owner: "))
@@ -289,16 +289,15 @@ def test_publication_of_tables_that_are_not_ours(database: Database, lake: Lake,
 
 # The lake
 
-WITHOUT_PRIVILEGE = (
-    sys.executable,
-    "-c",
-    "import ctypes, os, sys\n"
-    "if os.geteuid() == 0:\n"
-    "    for capability in (1, 2):\n"  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-    "        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)\n"  # PR_CAPBSET_DROP
-    "os.execv(sys.executable, [sys.executable, '-c', *sys.argv[1:]])\n",
-    "from cdc.cli import main; main()",
-)
+# Drops CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH by PR_CAPBSET_DROP.
+_DROP_PRIVILEGE = """
+import ctypes, os, sys
+if os.geteuid() == 0:
+    for capability in (1, 2):
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
+os.execv(sys.executable, [sys.executable, "-c", *sys.argv[1:]])
+"""
+WITHOUT_PRIVILEGE = (sys.executable, "-c", _DROP_PRIVILEGE, "from cdc.cli import main; main()")
 """`cdc` as a user whom the permissions of files bind, which they do not bind root."""
 
 
@@ -322,12 +321,12 @@ def test_unwritable_place(database: Database, lake: Lake, what: str) -> None:
     rows(database, 1)
     (lake.root / "file").write_text("mine")
     for place in (lake.root / "file" / "x", Path("/proc/x"), Path("/proc/1/x/y")):
-        error, hint = refused(run_cdc(lake, database.dsn, "run", **{what: str(place)}))
+        error, hint = refused(call(lake, database.dsn, "run", **{what: str(place)}))
         assert "cannot be written" in error
         assert f"CDC_{what.upper()}" in hint
         ((slots, _),) = database.execute(MADE)
         assert slots == 0
-        found = run_cdc(lake, database.dsn, "check", **{what: str(place)})
+        found = call(lake, database.dsn, "check", **{what: str(place)})
         assert (found.returncode, f"set CDC_{what.upper()}" in found.stdout) == (3, True), found.stdout
     assert (lake.root / "file").read_text() == "mine"
     complete(database, lake)
@@ -342,13 +341,13 @@ def test_folder_that_may_not_be_written(database: Database, lake: Lake) -> None:
     folder.mkdir()
     folder.chmod(0o555)
     for what in ({"warehouse": str(folder / "w.duckdb")}, {"history": str(folder / "history")}):
-        error, _ = refused(run_cdc(lake, database.dsn, "run", **what))
+        error, _ = refused(call(lake, database.dsn, "run", **what))
         assert str(folder) in error
         assert "cannot be written: Permission denied" in error
     complete(database, lake)
     lake.warehouse.chmod(0o444)
     rows(database, 2)
-    error, hint = refused(run_cdc(lake, database.dsn, "run"))
+    error, hint = refused(call(lake, database.dsn, "run"))
     assert "Permission denied" in error
     assert "CDC_WAREHOUSE" in hint
     lake.warehouse.chmod(0o644)
@@ -420,7 +419,7 @@ def test_no_room(
         database.execute(BULK)
     with monkeypatch.context() as limit:
         limit.setattr("tests.mirror.PROGRAM", (sys.executable, "-c", LIMITED, str(size)))
-        error, hint = refused(run_cdc(lake, database.dsn, "run", "--once", **settings))
+        error, hint = refused(call(lake, database.dsn, "run", "--once", **settings))
     assert "File too large" in error
     assert file in error
     assert "free some space on the disk" in hint
@@ -471,7 +470,7 @@ def test_disk_that_fills_up(database: Database, small_disk: Path, tmp_path: Path
     with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as out:
         while True:
             out.write(b"x" * 4096)
-    refused(run_cdc(lake, database.dsn, "run", "--once", **settings))
+    refused(call(lake, database.dsn, "run", "--once", **settings))
     ballast.unlink()
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
     not_confirmed_beyond(database, lake)
@@ -484,7 +483,7 @@ def test_second_consumer(database: Database, lake: Lake) -> None:
     with Consumer(lake, database.dsn, flush_interval="0.1") as first:
         until(lambda: states(lake).get("public.t") == "streaming", what=first.output)
         for command in (["run"], ["run", "--once"], ["run", "--fresh"]):
-            error, hint = refused(run_cdc(lake, database.dsn, *command, slot="another", timeout_s=20))
+            error, hint = refused(call(lake, database.dsn, *command, slot="another"))
             assert error == f"warehouse {lake.warehouse} already has a consumer (process {first.pid})"
             assert "stop that one first" in hint
         ((pid, _, _),) = database.execute(SLOT)
@@ -529,11 +528,11 @@ def test_warehouse_that_is_being_read(database: Database, lake: Lake) -> None:
 def test_settings_that_nobody_knows(database: Database, lake: Lake) -> None:
     """In the environment, in cdc.toml, as a flag: exit status 2, and the one that may have been meant."""
     rows(database, 1)
-    assert refused(run_cdc(lake, database.dsn, "run", flush_row="1"), 2) == (
+    assert refused(call(lake, database.dsn, "run", flush_row="1"), 2) == (
         "unknown setting CDC_FLUSH_ROW",
         "did you mean CDC_FLUSH_ROWS?",
     )
-    error, hint = refused(run_cdc(lake, database.dsn, "run", "--flush-row", "1"), 2)
+    error, hint = refused(call(lake, database.dsn, "run", "--flush-row", "1"), 2)
     assert "No such option '--flush-row'" in error
     assert "cdc run --help" in hint
     file = lake.root / "cdc.toml"
@@ -545,7 +544,7 @@ def test_settings_that_nobody_knows(database: Database, lake: Lake) -> None:
         ("flush_rows = 'many'\n", "CDC_FLUSH_ROWS: must be a valid integer, and is 'many'", "number of changes"),
     ):
         file.write_bytes(text.encode("latin-1"))
-        error, hint = refused(run_cdc(lake, database.dsn, "run"), 2)
+        error, hint = refused(call(lake, database.dsn, "run"), 2)
         assert words in error
         assert advice in hint
     file.unlink()
@@ -563,11 +562,11 @@ def test_settings_of_no_use(database: Database, lake: Lake) -> None:
         ("deletes", "never", "must be 'hard' or 'soft', and is 'never'"),
         ("warehouse", "", "must be the path of a file"),
     ):
-        said = refused(run_cdc(lake, database.dsn, "run", **{name: value}), 2)
+        said = refused(call(lake, database.dsn, "run", **{name: value}), 2)
         assert said[0].startswith(f"CDC_{name.upper()}: ")
         assert words in said[0]
         assert said[1].startswith("what it means: ")
-        assert refused(run_cdc(lake, database.dsn, "run", f"--{name.replace('_', '-')}", value), 2) == said
+        assert refused(call(lake, database.dsn, "run", f"--{name.replace('_', '-')}", value), 2) == said
     complete(database, lake)
 
 
@@ -582,15 +581,15 @@ def test_settings_that_contradict_the_warehouse(database: Database, lake: Lake) 
         ({"publication": "another"}, "CDC_PUBLICATION is another, but"),
         ({"deletes": "soft"}, "CDC_DELETES is soft, but table public.t was copied with hard"),
     ):
-        error, hint = refused(run_cdc(lake, database.dsn, "run", **settings), 2)
+        error, hint = refused(call(lake, database.dsn, "run", **settings), 2)
         assert words in error
         assert "set" in hint
         assert database.execute(MADE) == before
     rows(database, 2)
     complete(database, lake)
     assert "cdc resync --all" in hint
-    assert run_cdc(lake, database.dsn, "resync", "--all", deletes="soft").returncode == 0
-    assert run_cdc(lake, database.dsn, "run", "--once", deletes="soft").returncode == 0
+    assert call(lake, database.dsn, "resync", "--all", deletes="soft").returncode == 0
+    assert call(lake, database.dsn, "run", "--once", deletes="soft").returncode == 0
     assert warehouse_rows(lake, "SELECT id, _deleted_at FROM public.t ORDER BY id") == [(1, None), (2, None)]
 
 
@@ -610,12 +609,12 @@ def test_warehouse_of_another_database(database: Database, guarded: Database, la
                 connection.execute("CREATE TABLE t (id int PRIMARY KEY, v text)")
                 before = connection.execute(MADE).fetchall()
                 for command in (["run"], ["run", "--once"], ["resync", "--all"]):
-                    error, hint = refused(run_cdc(lake, dsn, *command))
+                    error, hint = refused(call(lake, dsn, *command))
                     assert f"mirrors database {database.name} of system" in error
                     assert "CDC_DSN leads to" in error
                     assert "set CDC_DSN back" in hint
                 assert connection.execute(MADE).fetchall() == before
-                found = run_cdc(lake, dsn, "check")
+                found = call(lake, dsn, "check")
                 assert (found.returncode, "CDC_DSN leads to" in found.stdout) == (3, True), found
     finally:
         database.execute(f"DROP DATABASE {other}")
@@ -633,11 +632,11 @@ def test_duckdb_file_with_a_table_in_our_place(database: Database, lake: Lake, k
         theirs.execute(f"CREATE SCHEMA public; CREATE {kind} public.T AS SELECT 42 AS answer")
         theirs.execute("CREATE TABLE public.other AS SELECT 43 AS answer")
     for command in (["run"], ["run", "--fresh"]):
-        error, hint = refused(run_cdc(lake, database.dsn, *command))
+        error, hint = refused(call(lake, database.dsn, *command))
         assert error == f"DuckDB file {lake.warehouse} has a public.t that cdc did not make and would have to replace"
         assert "set CDC_WAREHOUSE to another file" in hint
     for command in (["status"], ["resync", "--all"]):
-        error, _ = refused(run_cdc(lake, database.dsn, *command))
+        error, _ = refused(call(lake, database.dsn, *command))
         assert error == f"{lake.warehouse} is no warehouse of cdc"
     ((slots, _),) = database.execute(MADE)
     assert slots == 0
@@ -666,7 +665,7 @@ def test_table_of_somebody_else_that_comes_in_our_place_later(database: Database
         assert consumer.stop() == 0
     with duckdb.connect(str(lake.warehouse)) as theirs:
         theirs.execute("ALTER TABLE public.report RENAME TO my_report")
-    assert run_cdc(lake, database.dsn, "resync", "public.report").returncode == 0
+    assert call(lake, database.dsn, "resync", "public.report").returncode == 0
     complete(database, lake)
     assert differences(database, lake, "public.report", ["id"]) == ""
     assert warehouse_rows(lake, "FROM public.my_report") == [(42,)]
@@ -679,10 +678,10 @@ def test_file_that_is_no_duckdb_file(database: Database, lake: Lake) -> None:
     mine = lake.root / "letter.txt"
     mine.write_text("Dear Sirs,\n" * 1000)
     for command in (["run"], ["run", "--fresh"], ["status"], ["query", "SELECT 1"], ["resync", "--all"]):
-        error, hint = refused(run_cdc(lake, database.dsn, *command, warehouse=str(mine)))
+        error, hint = refused(call(lake, database.dsn, *command, warehouse=str(mine)))
         assert "not a valid DuckDB database file" in error
         assert "CDC_WAREHOUSE must name a DuckDB file" in hint
-    error, _ = refused(run_cdc(lake, database.dsn, "run", warehouse=str(lake.root)))
+    error, _ = refused(call(lake, database.dsn, "run", warehouse=str(lake.root)))
     assert f"warehouse {lake.root} cannot be opened" in error
     assert mine.read_text() == "Dear Sirs,\n" * 1000
     assert database.execute(MADE) == [(0, 0)]
@@ -696,7 +695,7 @@ def test_warehouse_of_a_newer_version(database: Database, lake: Lake) -> None:
     complete(database, lake)
     with duckdb.connect(str(lake.warehouse)) as later:
         later.execute("UPDATE _cdc.meta SET format = format + 1")
-    error, hint = refused(run_cdc(lake, database.dsn, "run"))
+    error, hint = refused(call(lake, database.dsn, "run"))
     assert "was written by a newer cdc" in error
     assert hint == "upgrade pg-duckdb-cdc"
     with duckdb.connect(str(lake.warehouse)) as later:
@@ -712,13 +711,13 @@ def test_slot_without_warehouse(database: Database, lake: Lake) -> None:
     rows(database, 2)
     before = database.execute(SLOT)
     for _ in range(2):
-        error, hint = refused(run_cdc(lake, database.dsn, "run"))
+        error, hint = refused(call(lake, database.dsn, "run"))
         assert error == f"replication slot cdc exists, but warehouse {lake.warehouse} knows nothing of it"
         assert "cdc run --fresh" in hint
-    found = run_cdc(lake, database.dsn, "check")
+    found = call(lake, database.dsn, "check")
     assert (found.returncode, error in found.stdout) == (3, True), found
     assert database.execute(SLOT) == before
-    assert run_cdc(lake, database.dsn, "run", "--once", "--fresh").returncode == 0
+    assert call(lake, database.dsn, "run", "--once", "--fresh").returncode == 0
     complete(database, lake)
 
 
@@ -731,10 +730,10 @@ def test_history_without_warehouse(database: Database, lake: Lake) -> None:
     database.execute("SELECT pg_drop_replication_slot('cdc')")
     kept = {path.name: path.read_bytes() for path in lake.history.rglob("*.parquet")}
     assert kept
-    error, hint = refused(run_cdc(lake, database.dsn, "run"))
+    error, hint = refused(call(lake, database.dsn, "run"))
     assert error == f"history {lake.history} holds the change log of another warehouse"
     assert "cdc run --fresh" in hint
-    assert run_cdc(lake, database.dsn, "run", "--once", "--fresh").returncode == 0
+    assert call(lake, database.dsn, "run", "--once", "--fresh").returncode == 0
     complete(database, lake)
     (aside,) = lake.root.glob("history-*")
     assert {path.name: path.read_bytes() for path in aside.rglob("*.parquet")} == kept
@@ -747,13 +746,13 @@ def test_slot_that_is_gone(database: Database, lake: Lake) -> None:
     database.execute("SELECT pg_drop_replication_slot('cdc'); DELETE FROM t WHERE id = 1; UPDATE t SET v = 'new'")
     rows(database, 3)
     for _ in range(2):
-        error, hint = refused(run_cdc(lake, database.dsn, "run", "--once"))
+        error, hint = refused(call(lake, database.dsn, "run", "--once"))
         assert error == "replication slot cdc is gone: changes may be missing"
         assert "`cdc resync --all`, and then `cdc run`" in hint
         assert database.execute(SLOT) == []
-    found = run_cdc(lake, database.dsn, "check")
+    found = call(lake, database.dsn, "check")
     assert (found.returncode, error in found.stdout) == (3, True), found
-    assert run_cdc(lake, database.dsn, "resync", "--all").returncode == 0
+    assert call(lake, database.dsn, "resync", "--all").returncode == 0
     assert len(warehouse_rows(lake, "FROM public.t")) == 2, "readers see the old content until the new one is there"
     complete(database, lake)
 
@@ -774,13 +773,13 @@ def test_slot_in_use(database: Database, lake: Lake) -> None:
         ((pid, confirmed, _),) = database.execute(SLOT)
         assert pid == elsewhere.backend_pid
         done: list[subprocess.CompletedProcess[str]] = []
-        assert 7 < took(lambda: done.append(run_cdc(lake, patient, "run"))) < 20
+        assert 7 < took(lambda: done.append(call(lake, patient, "run"))) < 20
         error, hint = refused(done[0])
         assert error == f"replication slot cdc is in use by process {pid} of the server"
         assert "stop the consumer that uses it" in hint
         assert f"waiting for the replication slot slot=cdc used_by={pid}" in done[0].stderr
         for command in (["run", "--fresh"], ["teardown"]):
-            error, _ = refused(run_cdc(lake, patient, *command))
+            error, _ = refused(call(lake, patient, *command))
             assert f"in use by process {pid}" in error
         ((still, where, _),) = database.execute(SLOT)
         assert (still, where) == (pid, confirmed)
@@ -796,7 +795,7 @@ def test_slot_in_use(database: Database, lake: Lake) -> None:
 
 @pg18
 @pytest.mark.parametrize("kind", ["plugin", "physical", "database"])
-def test_slot_of_somebody_else(database: Database, guarded: Database, lake: Lake, kind: str) -> None:
+def test_slot_of_somebody_else(database: Database, lake: Lake, kind: str) -> None:
     """J12: what cannot be ours is never dropped or moved, not by --fresh, by `resync --all` or by `teardown` either."""
     rows(database, 1)
     complete(database, lake)
@@ -811,16 +810,16 @@ def test_slot_of_somebody_else(database: Database, guarded: Database, lake: Lake
     before = database.execute(SLOT)
     try:
         for command in (["run"], ["run", "--once"], ["run", "--fresh"], ["resync", "--all"], ["teardown"]):
-            error, hint = refused(run_cdc(lake, database.dsn, *command))
+            error, hint = refused(call(lake, database.dsn, *command))
             assert error.startswith(f"replication slot cdc {words}"), (command, error)
             assert "CDC_SLOT" in hint
-        found = run_cdc(lake, database.dsn, "check")
+        found = call(lake, database.dsn, "check")
         assert (found.returncode, words in found.stdout) == (3, True), found
         assert database.execute(SLOT) == before
     finally:
         database.execute("SELECT pg_drop_replication_slot('cdc')")
     rows(database, 2)
-    assert run_cdc(lake, database.dsn, "resync", "--all").returncode == 0
+    assert call(lake, database.dsn, "resync", "--all").returncode == 0
     complete(database, lake)
 
 
@@ -836,12 +835,12 @@ def test_warehouse_restored_from_an_older_copy(database: Database, lake: Lake) -
     ((_, confirmed, _),) = database.execute(SLOT)
     assert confirmed > checkpoint(lake)
     for _ in range(2):
-        error, hint = refused(run_cdc(lake, database.dsn, "run", "--once"))
+        error, hint = refused(call(lake, database.dsn, "run", "--once"))
         assert error.startswith("replication slot cdc was confirmed up to ")
         assert "what lies between is lost" in error
         assert "`cdc resync --all`, and then `cdc run`" in hint
-    found = run_cdc(lake, database.dsn, "check")
+    found = call(lake, database.dsn, "check")
     assert (found.returncode, "was confirmed up to" in found.stdout) == (3, True), found
-    assert run_cdc(lake, database.dsn, "resync", "--all").returncode == 0
+    assert call(lake, database.dsn, "resync", "--all").returncode == 0
     rows(database, 3)
     complete(database, lake)

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 import duckdb
 import pytest
+from click.testing import CliRunner
 
+from cdc.cli.resync import resync as command
 from tests.conftest import Database, Lake
 from tests.integration.copies import (
     SOME_BYTES,
@@ -40,10 +42,10 @@ PGBENCH = {
 
 
 def resync(lake: Lake, dsn: str, *tables: str) -> str:
-    """Mark tables to be copied anew; return what the command said."""
-    done = run_cdc(lake, dsn, "resync", *tables)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """Mark tables to be copied anew, in this process; return what the command said."""
+    done = CliRunner().invoke(command, tables, env=lake.environment(dsn))
+    assert done.exit_code == 0, done.output
+    return done.output
 
 
 def assert_copied_once_more(lake: Lake, table: str, before: int) -> None:

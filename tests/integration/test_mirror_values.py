@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from typing import Any
 
 import psycopg
+import pytest
 
 from tests.conftest import Database, Lake
-from tests.integration.steps import agree, log, operations, quarantine, sync, table_state, transactions
+from tests.integration.steps import agree, copies, log, operations, quarantine, sync, table_state, transactions
 from tests.mirror import differences, mirrored_rows, run_cdc, warehouse_rows
+
+only_18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 
 # Postgres type, DuckDB type, and values as SQL; NULL comes with each
 TYPES = [
@@ -388,3 +392,43 @@ def test_keys_that_do_not_fit(database: Database, lake: Lake) -> None:
     sync(database, lake)
     assert differences(database, lake, "public.streamed", ["d"]) == ""
     agree(database, lake, {"public.copied": ["d"], "public.streamed": ["d"], "public.fine": ["id"]})
+
+
+@only_18
+def test_a_dropped_column_holds_nothing(database: Database, lake: Lake) -> None:
+    """H1, H6: what a dropped column held is no longer current, also when another column takes its name."""
+    database.execute("CREATE TABLE t (id int PRIMARY KEY, v text, d date); INSERT INTO t VALUES (1, 'a', 'infinity')")
+    sync(database, lake)
+    assert current(lake) == Counter([("d", '{"id": "1"}', "infinity")])
+    first = copies(lake)
+    transactions(database, "ALTER TABLE t DROP COLUMN d", "INSERT INTO t VALUES (2, 'b')")
+    sync(database, lake)
+    assert current(lake) == Counter()
+    transactions(database, "ALTER TABLE t ADD COLUMN d date", "INSERT INTO t VALUES (3, 'c', '-infinity')")
+    sync(database, lake)
+    assert current(lake) == Counter([("d", '{"id": "3"}', "-infinity")])
+    assert copies(lake) == first
+    assert differences(database, lake, "public.t") != ""  # -infinity is NULL here
+    transactions(database, "DELETE FROM t WHERE id = 3")
+    sync(database, lake)
+    agree(database, lake, {"public.t": ["id"]})
+
+
+@only_18
+def test_many_values_that_do_not_fit(database: Database, lake: Lake) -> None:
+    """Design: a column full of them, as `valid_to = 'infinity'` is, costs no statement per value."""
+    database.execute(
+        "CREATE TABLE t (id int PRIMARY KEY, d date, v text); INSERT INTO t SELECT i, 'infinity' FROM generate_series(1, 50000) i"
+    )
+    sync(database, lake)
+    transactions(
+        database,
+        "INSERT INTO t SELECT i, 'infinity' FROM generate_series(50001, 100000) i",
+        "UPDATE t SET d = '2024-02-29' WHERE id <= 20000; DELETE FROM t WHERE id % 2 = 0",
+    )
+    began = time.monotonic()
+    sync(database, lake)
+    assert time.monotonic() - began < 30
+    entries = warehouse_rows(lake, "SELECT current, count(*) FROM _cdc.quarantine GROUP BY ALL ORDER BY ALL")
+    assert entries == [(False, 60000), (True, 40000)]
+    assert mirrored_rows(database, lake, "public.t", "d IS NULL").total() == 40000
