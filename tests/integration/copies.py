@@ -27,6 +27,8 @@ __all__ = [
     "log",
     "pgbench",
     "settle",
+    "slot_waits",
+    "slots_that_wait",
 ]
 
 SOME_BYTES = 100_000
@@ -37,7 +39,7 @@ def await_states(consumer: Consumer, lake: Lake, state: str, *tables: str, timeo
     """Return once `tables` are in `state`; fail if they do not come there, or the consumer ends before."""
 
     def there() -> bool:
-        assert consumer.running, consumer.output
+        assert consumer.running, f"{consumer.output}\nexit status {consumer.wait()}"
         found = states(lake)
         return all(found.get(table) == state for table in tables)
 
@@ -50,7 +52,7 @@ def settle(consumer: Consumer, database: Database, lake: Lake, timeout_s: float 
     ((lsn,),) = database.execute(statement)
 
     def there() -> bool:
-        assert consumer.running, consumer.output
+        assert consumer.running, f"{consumer.output}\nexit status {consumer.wait()}"
         ((found,),) = warehouse_rows(lake, "SELECT lsn FROM _cdc.checkpoint")
         return found is not None and found > lsn
 
@@ -64,21 +66,25 @@ def blocking(database: Database) -> psycopg.Connection[Any]:
     return connection
 
 
+def slots_that_wait(database: Database) -> int:
+    """Return how many slots are being made and wait for a transaction to end."""
+    ((count,),) = database.execute(
+        "SELECT count(*) FROM pg_stat_activity AS a JOIN pg_locks AS l USING (pid) WHERE a.backend_type = 'walsender' "
+        "AND l.locktype = 'transactionid' AND NOT l.granted"
+    )
+    return int(count)
+
+
 def slot_waits(database: Database) -> bool:
     """Whether somebody makes a slot, and waits for a transaction to end."""
-    return bool(
-        database.execute(
-            "SELECT 1 FROM pg_stat_activity AS a JOIN pg_locks AS l USING (pid) WHERE a.backend_type = 'walsender' "
-            "AND l.locktype = 'transactionid' AND NOT l.granted"
-        )
-    )
+    return slots_that_wait(database) > 0
 
 
 def await_waiting_slot(database: Database, consumer: Consumer) -> None:
     """Return once a copy's slot is being made and waits for a transaction to end."""
 
     def there() -> bool:
-        assert consumer.running, consumer.output
+        assert consumer.running, f"{consumer.output}\nexit status {consumer.wait()}"
         return slot_waits(database)
 
     until(there, 30, f"a slot that waits; see {consumer.log}")

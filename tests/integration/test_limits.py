@@ -5,10 +5,16 @@ from __future__ import annotations
 import resource
 import subprocess
 import time
+from pathlib import Path
 
 import duckdb
 import pytest
 
+from cdc.errors import SinkError
+from cdc.sink.checkpoint import Checkpoint
+from cdc.sink.history import History
+from cdc.sink.sink import Sink
+from cdc.sink.warehouse import Warehouse
 from tests.conftest import Database, Lake
 from tests.integration.copies import equal, leftovers, settle
 from tests.integration.gate import Gate
@@ -29,7 +35,7 @@ def test_unchanged_values_beyond_the_memory(database: Database, lake: Lake) -> N
         "ALTER TABLE t ALTER body SET STORAGE EXTERNAL;"
         f"INSERT INTO t SELECT i, false, repeat(md5(i::text), {size // 32}) FROM generate_series(1, {rows}) AS i"
     )
-    settings = {"memory": "200MB", "flush_rows": "100000", "history": ""}
+    settings = {"memory": "200MB", "flush_bytes": "16MB", "history": ""}
     done = run_cdc(lake, database.dsn, "run", "--once", **settings)
     assert done.returncode == 0, done.stderr
     before = database.execute("SELECT pg_current_wal_lsn()")
@@ -156,13 +162,43 @@ def test_no_room_in_the_middle_of_a_commit(database: Database, lake: Lake) -> No
 class _Broken:
     """A connection whose COMMIT fails for good, as when DuckDB cannot write its checkpoint."""
 
-    def execute(self, statement: str, _parameters: object = None) -> _Broken:
-        if statement == "COMMIT":
-            raise duckdb.FatalException("FATAL Error: Failed to commit: no room\nmore of it")
-        return self
+    def __init__(self, real: duckdb.DuckDBPyConnection) -> None:
+        self._real = real
+        self._failed = False
 
-    def fetchall(self) -> list[tuple[object, ...]]:
-        return []
+    def execute(self, statement: str, *parameters: object) -> duckdb.DuckDBPyConnection:
+        if self._failed:
+            raise duckdb.FatalException("FATAL Error: the database has been invalidated\nrestart it")
+        if statement == "COMMIT":
+            self._real.execute("ROLLBACK")
+            self._failed = True
+            raise duckdb.FatalException("FATAL Error: Failed to commit: No space left on device\nmore of it")
+        return self._real.execute(statement, *parameters)
 
     def close(self) -> None:
-        pass
+        self._real.close()
+
+
+def test_warehouse_that_fails_for_good(tmp_path: Path) -> None:
+    """L5: after a FatalException DuckDB refuses every statement, a ROLLBACK too: the first error is what is told."""
+    sink = Sink(
+        warehouse := Warehouse(tmp_path / "w.duckdb", 100_000_000, 1),
+        History(None),
+        deletes="hard",
+        live=lambda _oid: None,
+        waiting=lambda _busy, _waited_s: None,
+        give_up=lambda: False,
+    )
+    sink.open()
+    sink.create(Checkpoint("1", "d", "cdc", "cdc", 1))
+    real = warehouse.connection
+    warehouse._connection = _Broken(real)  # type: ignore[assignment]
+    with pytest.raises(SinkError, match="No space left") as raised:
+        sink.commit(2, None)
+    assert "the warehouse cannot be written" in str(raised.value)
+    assert "free some space" in raised.value.hint
+    assert "\n" not in str(raised.value)
+    assert not warehouse.held, "the file has to be opened again"
+    sink.acquire()
+    assert warehouse.execute("SELECT lsn FROM _cdc.checkpoint") == [(1,)]
+    warehouse.release()

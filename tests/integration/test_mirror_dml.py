@@ -818,7 +818,7 @@ def test_a_column_called_rowid(database: Database, lake: Lake) -> None:
 
 @only_18
 def test_half_a_transaction_is_never_there(database: Database, lake: Lake) -> None:
-    """L4, C17: a consumer that dies within a transaction in pieces leaves none of it to a reader, in table or history."""
+    """L4, C17: a consumer that dies within a transaction in pieces leaves none of it in table or history."""
     database.execute(
         "".join(
             f"CREATE TABLE {n} (id int PRIMARY KEY, n int); INSERT INTO {n} SELECT i, 0 FROM generate_series(1, 20) i;"

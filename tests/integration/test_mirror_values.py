@@ -408,7 +408,6 @@ def test_a_dropped_column_holds_nothing(database: Database, lake: Lake) -> None:
     sync(database, lake)
     assert current(lake) == Counter([("d", '{"id": "3"}', "-infinity")])
     assert copies(lake) == first
-    assert differences(database, lake, "public.t") != ""  # -infinity is NULL here
     transactions(database, "DELETE FROM t WHERE id = 3")
     sync(database, lake)
     agree(database, lake, {"public.t": ["id"]})
@@ -418,7 +417,8 @@ def test_a_dropped_column_holds_nothing(database: Database, lake: Lake) -> None:
 def test_many_values_that_do_not_fit(database: Database, lake: Lake) -> None:
     """Design: a column full of them, as `valid_to = 'infinity'` is, costs no statement per value."""
     database.execute(
-        "CREATE TABLE t (id int PRIMARY KEY, d date, v text); INSERT INTO t SELECT i, 'infinity' FROM generate_series(1, 50000) i"
+        "CREATE TABLE t (id int PRIMARY KEY, d date); "
+        "INSERT INTO t SELECT i, 'infinity' FROM generate_series(1, 50000) i"
     )
     sync(database, lake)
     transactions(
