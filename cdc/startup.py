@@ -86,7 +86,8 @@ def prepare(
                 _check_deletes(settings, sink)
             publications = _publish(connection, settings, once=once)
             published = catalog.published(connection, publications)
-            _refuse_strangers(settings, sink, published)
+            if fresh or checkpoint is None:  # later on it is the trouble of one table
+                _refuse_strangers(settings, sink, published)
             if fresh:
                 _begin_anew(settings, sink, connection, found, system)
             elif checkpoint is None:

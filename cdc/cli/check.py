@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,8 +78,12 @@ def _paths(settings: Settings) -> Iterator[Finding]:
         if path is None:
             continue
         there = _nearest(path)
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            yield Finding("error", f"{there} cannot be written", f"give this user the right to, or set {name}")
+        try:  # root may write everywhere, if one believes the permissions
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            message = f"{there} cannot be written: {error.strerror}"
+            yield Finding("error", message, f"give this user the right to, or set {name}")
 
 
 def _nearest(path: Path) -> Path:

@@ -179,6 +179,10 @@ class History:
         files, self._pending = self._pending, []
         self.remove_temporary(files)
 
+    def leave(self) -> None:
+        """After a commit that may have happened: keep what was written for it; `recover` knows."""
+        self._pending = []
+
     def remove_temporary(self, files: Sequence[HistoryFile]) -> None:
         """Remove files that `write_temporary` has written and that take part in no transaction."""
         for file in files:

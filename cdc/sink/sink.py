@@ -168,9 +168,16 @@ class Sink:
         self.ledger.record_files(self.history.settle())
         self.ledger.advance(lsn, commit_ts, commit_ts if as_of is None else as_of)
         reach("before_duck_commit")
-        self.warehouse.commit()
+        self._make_durable()
         reach("after_duck_commit")
         self.history.publish()
+
+    def _make_durable(self) -> None:
+        try:
+            self.warehouse.commit()
+        except BaseException:
+            self.history.leave()
+            raise
 
     def rollback(self) -> None:
         """Leave nothing of what was applied since the last commit."""
@@ -459,7 +466,7 @@ class Sink:
 
         def whole() -> None:
             work()
-            self.warehouse.commit()
+            self._make_durable()
 
         self._in_transaction(whole)
 

@@ -29,8 +29,11 @@ __all__ = ["ConsumerLock", "Warehouse", "explain", "no_space", "open_for_reading
 STORAGE_VERSION = "v1.5.0"
 """Files stay readable by DuckDB 1.5 tools; 2.0 would write a format that they cannot open."""
 
-WAL_AUTOCHECKPOINT = "256MB"
-"""DuckDB's default of 16 MB makes one flush in eight wait for a checkpoint."""
+WAL_AUTOCHECKPOINT = 256_000_000
+"""Bytes; DuckDB's default of 16 MB makes one flush in eight wait for a checkpoint.
+
+At most half of the memory: until a checkpoint, DuckDB cannot move long strings out of it.
+"""
 
 POLL_S = 0.02
 """How often a held file is tried again."""
@@ -51,7 +54,7 @@ class Warehouse:
             "memory_limit": f"{memory_bytes}B",
             "threads": threads,
             "temp_directory": str(tmp or path.with_name(path.name + ".tmp")),
-            "wal_autocheckpoint": WAL_AUTOCHECKPOINT,
+            "wal_autocheckpoint": f"{min(WAL_AUTOCHECKPOINT, memory_bytes // 2)}B",
             "preserve_insertion_order": True,
         }
         self._connection: duckdb.DuckDBPyConnection | None = None
@@ -213,7 +216,8 @@ class Warehouse:
         """Commit. On return everything is on disk.
 
         Raises:
-            SinkError: DuckDB could not write; nothing of the transaction remains.
+            duckdb.Error: DuckDB could not write. Whether the transaction remains, only the file opened anew can tell:
+                it does if no more than the checkpoint behind it failed.
         """
         self.in_transaction = False
         with self._interruption:

@@ -21,6 +21,8 @@ from tests.mirror import Consumer, differences, run_cdc, until, warehouse_rows
 
 # The version cannot matter: the points are in the consumer, and what comes in is the same.
 ONLY_18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
+# Six consumers and more, each with a start of its own.
+pytestmark = pytest.mark.timeout(300)
 
 NTH = (1, 2, 7)
 IN_STREAM = (
@@ -77,7 +79,7 @@ def die(
             meanwhile()
             return not consumer.running
 
-        until(ended, what=f"{point} for the {nth}th time")
+        until(ended, timeout_s=150, what=f"{point}, time {nth}")
         assert consumer.wait() == -signal.SIGKILL, consumer.output
     left = remains(database, lake, settings.get("slot", "cdc"))
     left.check()
@@ -186,8 +188,8 @@ def test_in_a_copy(database: Database, lake: Lake, point: str, rounds: Sequence[
         first = not lake.warehouse.exists()
         if not first:
             assert run_cdc(lake, database.dsn, "resync", "--all").returncode == 0
-        with Traffic(database, seed_of(f"copy {point}", nth)):
-            left = die(database, lake, point, nth, flush_rows="100")
+        with Traffic(database, seed_of(f"copy {point}", nth), pause_s=0.1):
+            left = die(database, lake, point, nth, flush_rows="100", flush_interval="500ms")
         unfinished = {name for name, state in left.states.items() if state != "streaming"}
         if point == "after_swap":
             assert len(unfinished) == len(KEYS) - nth

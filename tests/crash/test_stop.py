@@ -19,7 +19,7 @@ ONLY_18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 
 
 def once(database: Database, lake: Lake, **settings: str) -> str:
-    done = run_cdc(lake, database.dsn, "run", "--once", **settings)  # type: ignore[arg-type]
+    done = run_cdc(lake, database.dsn, "run", "--once", **settings)
     assert done.returncode == 0, done.stderr
     return done.stderr
 

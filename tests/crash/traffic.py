@@ -13,8 +13,6 @@ from tests.conftest import Database
 
 __all__ = ["INVARIANTS", "KEYS", "SCHEMA", "Traffic", "large_transaction"]
 
-# Such that a consumer keeps up with batches of one transaction each.
-PAUSE_S = 0.05
 
 SCHEMA = """
 CREATE TABLE item (id bigint PRIMARY KEY, n int NOT NULL, body text);
@@ -74,8 +72,15 @@ class Traffic:
         transactions: how many are committed.
     """
 
-    def __init__(self, database: Database, seed: int) -> None:
+    def __init__(self, database: Database, seed: int, pause_s: float = 0.05) -> None:
+        """Prepare it.
+
+        Args:
+            seed: of its random choices.
+            pause_s: between two transactions.
+        """
         self.transactions = 0
+        self._pause_s = pause_s
         self._dsn = database.dsn
         self._random = random.Random(seed)
         self._ended = threading.Event()
@@ -101,7 +106,7 @@ class Traffic:
                 ((tick, top),) = connection.execute(
                     "SELECT max(tick), (SELECT max(id) FROM item) FROM event"
                 ).fetchall()
-                while not self._ended.wait(PAUSE_S):
+                while not self._ended.wait(self._pause_s):
                     tick, top = tick + 1, top + 2
                     self._transaction(connection, tick, top)
                     connection.commit()

@@ -24,8 +24,8 @@ from cdc.embedded import EmbeddedServer
 from cdc.installation import installations
 from cdc.source.connection import connect_replication, run_command
 from tests.conftest import REQUIRED_MAJOR, Database, Lake, _drop
-from tests.integration.refusals import Middleman, call, complete, fatal, reader, refused, rows, took
-from tests.mirror import Consumer, differences, states, until, warehouse_rows
+from tests.integration.refusals import Middleman, call, complete, eventually, fatal, reader, refused, rows, spawn, took
+from tests.mirror import Consumer, differences, states, warehouse_rows
 
 pg18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 
@@ -341,13 +341,13 @@ def test_folder_that_may_not_be_written(database: Database, lake: Lake) -> None:
     folder.mkdir()
     folder.chmod(0o555)
     for what in ({"warehouse": str(folder / "w.duckdb")}, {"history": str(folder / "history")}):
-        error, _ = refused(call(lake, database.dsn, "run", **what))
+        error, _ = refused(spawn(lake, database.dsn, "run", **what))
         assert str(folder) in error
         assert "cannot be written: Permission denied" in error
     complete(database, lake)
     lake.warehouse.chmod(0o444)
     rows(database, 2)
-    error, hint = refused(call(lake, database.dsn, "run"))
+    error, hint = refused(spawn(lake, database.dsn, "run"))
     assert "Permission denied" in error
     assert "CDC_WAREHOUSE" in hint
     lake.warehouse.chmod(0o644)
@@ -363,7 +363,7 @@ def test_history_that_becomes_unwritable(database: Database, lake: Lake) -> None
     before = checkpoint(lake)
     folder = lake.history / "public" / "t"
     with Consumer(lake, database.dsn) as consumer:
-        until(lambda: "streaming" in consumer.output)
+        eventually(consumer, lambda: "streaming" in consumer.output)
         folder.chmod(0o555)
         rows(database, 2)
         assert consumer.wait(30) == 1
@@ -394,8 +394,8 @@ BULK = (
     ("phase", "size", "history", "file"),
     [
         ("first start", 6_000, False, ".new"),
-        ("first start", 14_000, False, ".wal"),
         ("copy", 300_000, True, "history"),
+        ("copy", 14_000, False, ".wal"),
         ("copy", 300_000, False, ".wal"),
         ("stream", 300_000, True, "history"),
         ("stream", 300_000, False, ".wal"),
@@ -419,7 +419,7 @@ def test_no_room(
         database.execute(BULK)
     with monkeypatch.context() as limit:
         limit.setattr("tests.mirror.PROGRAM", (sys.executable, "-c", LIMITED, str(size)))
-        error, hint = refused(call(lake, database.dsn, "run", "--once", **settings))
+        error, hint = refused(spawn(lake, database.dsn, "run", "--once", **settings))
     assert "File too large" in error
     assert file in error
     assert "free some space on the disk" in hint
@@ -456,7 +456,7 @@ def test_disk_that_fills_up(database: Database, small_disk: Path, tmp_path: Path
     rows(database, 1)
     complete(database, lake, **settings)
     with Consumer(lake, database.dsn, flush_interval="0.1", **settings) as consumer:
-        until(lambda: "streaming" in consumer.output)
+        eventually(consumer, lambda: "streaming" in consumer.output)
         for begin in itertools.count(1, 4000):
             database.execute(BULK.replace("generate_series(10, 4000)", f"generate_series({begin + 9}, {begin + 3999})"))
             if begin > 12000 or not consumer.running:
@@ -481,7 +481,7 @@ def test_second_consumer(database: Database, lake: Lake) -> None:
     """J10: refused at once, also with other settings; the first goes on."""
     rows(database, 1)
     with Consumer(lake, database.dsn, flush_interval="0.1") as first:
-        until(lambda: states(lake).get("public.t") == "streaming", what=first.output)
+        eventually(first, lambda: states(lake).get("public.t") == "streaming")
         for command in (["run"], ["run", "--once"], ["run", "--fresh"]):
             error, hint = refused(call(lake, database.dsn, *command, slot="another"))
             assert error == f"warehouse {lake.warehouse} already has a consumer (process {first.pid})"
@@ -489,7 +489,7 @@ def test_second_consumer(database: Database, lake: Lake) -> None:
         ((pid, _, _),) = database.execute(SLOT)
         assert pid is not None
         rows(database, 2)
-        until(lambda: len(warehouse_rows(lake, "FROM public.t")) == 2, what=first.output)
+        eventually(first, lambda: len(warehouse_rows(lake, "FROM public.t")) == 2)
         assert first.stop() == 0
     complete(database, lake)
 
@@ -501,21 +501,21 @@ def test_warehouse_that_is_being_read(database: Database, lake: Lake) -> None:
     complete(database, lake)
     rows(database, 2)
     with reader(lake.warehouse) as pid, Consumer(lake, database.dsn, flush_interval="0.1") as consumer:
-        until(lambda: "waiting for the warehouse" in consumer.output, 20)
+        eventually(consumer, lambda: "waiting for the warehouse" in consumer.output)
         assert f"held by process {pid}" in consumer.output
         assert "close the program that has the file open" in consumer.output
         assert "streaming" not in consumer.output
         not_confirmed_beyond(database, lake)
     with Consumer(lake, database.dsn, flush_interval="0.1") as consumer:
-        until(lambda: len(warehouse_rows(lake, "FROM public.t")) == 2, what=consumer.output)
+        eventually(consumer, lambda: len(warehouse_rows(lake, "FROM public.t")) == 2)
         with reader(lake.warehouse) as pid:
             rows(database, 3)
-            until(lambda: f"held by process {pid}" in consumer.output, 20)
+            eventually(consumer, lambda: f"held by process {pid}" in consumer.output)
             assert "waiting for the warehouse" in consumer.output
             rows(database, 4)
             assert consumer.running
             not_confirmed_beyond(database, lake)
-        until(lambda: len(warehouse_rows(lake, "FROM public.t")) == 4, what=consumer.output)
+        eventually(consumer, lambda: len(warehouse_rows(lake, "FROM public.t")) == 4)
         assert consumer.stop() == 0
     assert "error" not in consumer.output
     complete(database, lake)
@@ -615,7 +615,8 @@ def test_warehouse_of_another_database(database: Database, guarded: Database, la
                     assert "set CDC_DSN back" in hint
                 assert connection.execute(MADE).fetchall() == before
                 found = call(lake, dsn, "check")
-                assert (found.returncode, "CDC_DSN leads to" in found.stdout) == (3, True), found
+                assert found.returncode == 3
+                assert "CDC_DSN leads to" in found.stdout or f"belongs to database {database.name}" in found.stdout
     finally:
         database.execute(f"DROP DATABASE {other}")
         guarded.execute(f"DROP DATABASE {database.name}")
@@ -657,11 +658,11 @@ def test_table_of_somebody_else_that_comes_in_our_place_later(database: Database
     database.execute("CREATE TABLE report (id int PRIMARY KEY); INSERT INTO report VALUES (1)")
     rows(database, 2)
     with Consumer(lake, database.dsn, flush_interval="0.1") as consumer:
-        until(lambda: states(lake).get("public.report") == "error", what=consumer.output)
+        eventually(consumer, lambda: states(lake).get("public.report") == "error")
         assert "DuckDB has a public.report that cdc did not make" in consumer.output
         assert warehouse_rows(lake, "FROM public.report") == [(42,)]
         rows(database, 3)
-        until(lambda: len(warehouse_rows(lake, "FROM public.t")) == 3, what=consumer.output)
+        eventually(consumer, lambda: len(warehouse_rows(lake, "FROM public.t")) == 3)
         assert consumer.stop() == 0
     with duckdb.connect(str(lake.warehouse)) as theirs:
         theirs.execute("ALTER TABLE public.report RENAME TO my_report")
@@ -784,9 +785,9 @@ def test_slot_in_use(database: Database, lake: Lake) -> None:
         ((still, where, _),) = database.execute(SLOT)
         assert (still, where) == (pid, confirmed)
         with Consumer(lake, patient) as consumer:
-            until(lambda: "waiting for the replication slot" in consumer.output)
+            eventually(consumer, lambda: "waiting for the replication slot" in consumer.output)
             elsewhere.finish()
-            until(lambda: len(warehouse_rows(lake, "FROM public.t")) == 2, what=consumer.output)
+            eventually(consumer, lambda: len(warehouse_rows(lake, "FROM public.t")) == 2)
             assert consumer.stop() == 0
     finally:
         elsewhere.finish()

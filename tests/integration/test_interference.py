@@ -275,7 +275,7 @@ def in_process(lake: Lake, dsn: str, **settings: str) -> Iterator[_Listener]:
 @contextlib.contextmanager
 def no_free_slot(database: Database) -> Iterator[None]:
     """Use up all replication slots of the server."""
-    made = []
+    made: list[str] = []
     with contextlib.suppress(psycopg.errors.ConfigurationLimitExceeded):
         while True:
             name = f"taken_{len(made)}"

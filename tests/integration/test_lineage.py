@@ -1,4 +1,4 @@
-"""Is this still the source, the slot and the table that the warehouse comes from? (J12, J14, G5, H8)
+"""Whether this is still the source, the slot and the table that the warehouse comes from: J12, J14, G5, H8.
 
 A slot that was made anew, a server that was restored from a backup: both answer as if nothing had happened, with a
 gap. And what was committed before a table went is not gone: it has to be in the warehouse and in the history.
@@ -80,7 +80,7 @@ def go_on_and_restore(server: EmbeddedServer, lake: Lake, consumer: Consumer) ->
 
 
 def test_source_restored_from_an_older_state(own_server: EmbeddedServer, lake: Lake) -> None:
-    """J14: system identifier and slot are the same; refused on reconnect and at start, and the slot stays where it is."""
+    """J14: system identifier and slot are the same; refused on reconnect and at start; the slot stays where it is."""
     server = own_server
     server.psql("CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t VALUES (1, 'a')")
     dsn = server.dsn()
@@ -188,7 +188,9 @@ def test_changes_before_a_table_is_made_anew(database: Database, lake: Lake) -> 
     agree(database, lake, {"public.t": ["id"]})
     (second,) = copies(lake).values()
     assert second > first
-    streamed = log(lake, "public.t", f"SELECT _op, id, v FROM log WHERE _seq > 0 AND _lsn < {second} ORDER BY _lsn, _seq")
+    streamed = log(
+        lake, "public.t", f"SELECT _op, id, v FROM log WHERE _seq > 0 AND _lsn < {second} ORDER BY _lsn, _seq"
+    )
     assert streamed == [("I", 2, "b"), ("D", 2, None), ("I", 3, "b"), ("U", 1, "c"), ("I", 4, "d"), ("D", 4, None)]
     database.execute("UPDATE t SET v = 'newer' WHERE id = 1; DELETE FROM t WHERE id = 7")
     sync(database, lake)
