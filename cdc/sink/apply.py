@@ -172,8 +172,10 @@ class _Work:
         with self.warehouse.view("_need", need):
             found = self.warehouse.arrow(
                 f"SELECT n._cdc_n, {picks} FROM {self._keyed('_need', changes, '_cdc_n')} n JOIN {self.target} t "
-                f"ON {self._match(changes, 'n')} ORDER BY n._cdc_n"
+                f"ON {self._match(changes, 'n')}"
             )
+        # Not by DuckDB, which needs the memory for all of it twice to sort long values.
+        found = found.take(pa.array(np.argsort(found["_cdc_n"].to_numpy())))
         if found.num_rows != len(asked):
             raise self._missing(len(asked) - found.num_rows)
         return {i: _one(found[f"c{i}"]).cast(changes.columns[i].type) for i in wanted}

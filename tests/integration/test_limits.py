@@ -1,10 +1,9 @@
-"""What does not fit: unchanged values beyond the memory, tombstones of another type, a swap beyond the time to stop."""
+"""What does not fit: unchanged values beyond the memory, tombstones of another type, a disk that is full."""
 
 from __future__ import annotations
 
 import resource
 import subprocess
-import time
 from pathlib import Path
 
 import duckdb
@@ -17,14 +16,10 @@ from cdc.sink.history import History
 from cdc.sink.sink import Sink
 from cdc.sink.warehouse import Warehouse
 from tests.conftest import Database, Lake
-from tests.integration.copies import equal, leftovers, settle
-from tests.integration.gate import Gate
 from tests.integration.steps import agree, quarantine, sync, table_state
-from tests.mirror import PROGRAM, Consumer, mirror_once, run_cdc, states, until, warehouse_rows
+from tests.mirror import PROGRAM, mirror_once, run_cdc, states, warehouse_rows
 
 pg18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
-
-COPYING = "SELECT 1 FROM pg_stat_activity WHERE query LIKE 'COPY%' AND datname = current_database()"
 
 
 @pg18
@@ -85,52 +80,6 @@ def test_tombstone_that_the_new_type_cannot_hold(database: Database, lake: Lake,
         assert warehouse_rows(lake, "SELECT id, v FROM public.t WHERE _deleted_at IS NULL ORDER BY id") == [
             *((1, 11), (3, 3), (4, 4))
         ]
-
-
-@pg18
-def test_stop_during_a_long_swap(database: Database, lake: Lake) -> None:
-    """J21, C17: changes buffered for a copy take longer than the consumer has after a signal."""
-    database.execute(
-        "CREATE TABLE t (id int PRIMARY KEY, v int NOT NULL DEFAULT 0, pad text);"
-        "INSERT INTO t (id, pad) SELECT i, repeat(md5(i::text), 3) FROM generate_series(1, 15000) AS i"
-    )
-    with Gate(database.dsn) as gate:
-        gate.hold_rows(100_000)
-        with Consumer(lake, gate.dsn, flush_rows="100", flush_interval="0.1") as consumer:
-            until(lambda: gate.waiting and states(lake).get("public.t") == "copying", what=consumer.output)
-            for _ in range(8):
-                database.execute("UPDATE t SET v = v + 1")
-            database.execute("DELETE FROM t WHERE id <= 100")
-            settle(consumer, database, lake)
-            ((chunks,),) = warehouse_rows(lake, "SELECT count(*) FROM _cdc.buffer")
-            assert chunks >= 1000
-            gate.open()
-            until(lambda: not database.execute(COPYING), what="the rows to be read")
-            held_since = time.monotonic()
-
-            def swapping() -> bool:
-                nonlocal held_since
-                assert "copied" not in consumer.output, "the swap was too quick"
-                try:
-                    duckdb.connect(str(lake.warehouse), read_only=True).close()
-                except duckdb.IOException:
-                    return time.monotonic() - held_since > 1
-                held_since = time.monotonic()
-                return False
-
-            until(swapping, what=consumer.output)
-            began = time.monotonic()
-            assert consumer.stop(15) == 0, consumer.output
-            assert time.monotonic() - began < 10
-            assert "copied" not in consumer.output, "the swap was too quick"
-            assert "stopped before everything was flushed" in consumer.output
-            assert "rollback" not in consumer.output
-            assert "Traceback" not in consumer.output
-    assert states(lake) == {"public.t": "copying"}
-    database.execute("UPDATE t SET v = 5 WHERE id = 200")
-    mirror_once(lake, database.dsn)
-    equal(database, lake, {"public.t": ["id"]})
-    assert not leftovers(lake)
 
 
 def limited(lake: Lake, dsn: str, file_bytes: int) -> subprocess.CompletedProcess[str]:
