@@ -11,7 +11,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .NOTPARALLEL:
-.PHONY: setup lint types test demo bench clean
+.PHONY: setup lint types test soak demo bench clean
 
 setup: $(STAMP)
 
@@ -31,7 +31,11 @@ types: setup
 
 # a session that outlives its limit fails; so does one that runs no test (pytest exits with 5)
 test: lint types
-	$(BIN)/python -m pytest -n $(JOBS) --session-timeout=1100 $(PYTEST)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" --session-timeout=2000 $(PYTEST)
+
+# everything, on the oldest server too, and every crash point more often
+soak: lint types
+	CDC_SOAK=1 $(BIN)/python -m pytest -n $(JOBS) --session-timeout=7200 $(PYTEST)
 
 demo: setup
 	$(BIN)/cdc demo

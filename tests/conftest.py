@@ -193,3 +193,16 @@ def _drop_slots(connection: psycopg.Connection[Any], dbname: str) -> None:
             except (psycopg.errors.ObjectInUse, psycopg.errors.UndefinedObject):
                 # in use: next time; undefined: it was a temporary one and went with its connection
                 time.sleep(0.02)
+
+
+# Where the server's version matters: there the oldest is tested at every push, elsewhere with the slow tests.
+_BY_VERSION = ("test_source_", "test_mirror_dml", "test_mirror_values", "test_embedded")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what repeats on the oldest server where the version cannot matter."""
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        major = parameters.params.get("server") if parameters else None
+        if major not in (None, REQUIRED_MAJOR) and not item.path.name.startswith(_BY_VERSION):
+            item.add_marker("slow")

@@ -6,6 +6,7 @@ of anything; a new one, which knows of nothing, makes every table equal again, i
 
 from __future__ import annotations
 
+import os
 import signal
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,8 @@ ONLY_18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 # Six consumers and more, each with a start of its own.
 pytestmark = pytest.mark.timeout(300)
 
-NTH = (1, 2, 7)
+# The seventh time takes the longest to come by: it belongs to `make soak`.
+NTH = (1, 2, 7) if os.environ.get("CDC_SOAK") else (1, 2)
 IN_STREAM = (
     "after_recv",
     "before_duck_begin",
