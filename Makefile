@@ -35,7 +35,7 @@ test: lint types
 
 # everything, on the oldest server too, and every crash point more often
 soak: lint types
-	CDC_SOAK=1 $(BIN)/python -m pytest -n $(JOBS) --session-timeout=7200 $(PYTEST)
+	SOAK=1 $(BIN)/python -m pytest -n $(JOBS) --session-timeout=7200 $(PYTEST)
 
 demo: setup
 	$(BIN)/cdc demo

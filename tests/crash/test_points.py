@@ -26,7 +26,7 @@ ONLY_18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 pytestmark = pytest.mark.timeout(300)
 
 # The seventh time takes the longest to come by: it belongs to `make soak`.
-NTH = (1, 2, 7) if os.environ.get("CDC_SOAK") else (1, 2)
+NTH = (1, 2, 7) if os.environ.get("SOAK") else (1, 2)
 IN_STREAM = (
     "after_recv",
     "before_duck_begin",
