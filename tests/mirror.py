@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -256,7 +257,7 @@ def replayed(database: Database, lake: Lake, table: str, key: Sequence[str]) -> 
         key: columns of the replica identity; none: the table has no key, and each D takes one equal row.
     """
     schema, name = table.split(".", 1)
-    folder = lake.history / schema / name
+    folder = lake.history / _escaped(schema) / _escaped(name)
     log = f"read_parquet('{folder}/*.parquet', union_by_name = true)"
     picks = _picks(database, table)
     connection = duckdb.connect()
@@ -271,6 +272,11 @@ def replayed(database: Database, lake: Lake, table: str, key: Sequence[str]) -> 
     ).fetchall()
     connection.close()
     return _replay(rows, keyed=bool(key))
+
+
+def _escaped(name: str) -> str:
+    """Return the name of the folder that the history gives a schema or table."""
+    return urllib.parse.quote(name, safe="").replace(".", "%2E")
 
 
 def _replay(rows: Iterator[Any] | Sequence[Any], *, keyed: bool) -> Counter[tuple[Any, ...]]:
