@@ -197,13 +197,7 @@ def _drop_slots(connection: psycopg.Connection[Any], dbname: str) -> None:
 
 # Where the server's version matters: there the oldest is tested at every push, elsewhere with the slow tests.
 # Written last, and not seen to pass on a quiet machine yet.
-_UNPROVEN = (
-    "test_status_again_and_again",
-    "test_query[",
-    "test_check[",
-    "test_query_whose_reader_has_had_enough",
-    "test_resync_of_what_waits_for_a_free_slot",
-)
+_UNPROVEN = ("test_resync_of_what_waits_for_a_free_slot",)
 _BY_VERSION = ("test_source_", "test_mirror_dml", "test_mirror_values", "test_embedded")
 
 
@@ -214,5 +208,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         major = parameters.params.get("server") if parameters else None
         if major not in (None, REQUIRED_MAJOR) and not item.path.name.startswith(_BY_VERSION):
             item.add_marker("slow")
-        if item.path.name in ("test_cli.py", "test_interference.py") and item.name.startswith(_UNPROVEN):
+        if item.name.startswith(_UNPROVEN):
             item.add_marker("slow")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -25,7 +25,20 @@ from cdc.errors import CdcError
 __all__ = ["main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Group(click.Group):
+    """Ends in peace when whoever read our output has had enough; click itself would call that a failure."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain at exit otherwise
+            ctx.exit(0)
+        return result
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="pg-duckdb-cdc", prog_name="cdc")
 @click.option("--debug", is_flag=True, help="show a traceback with an error")
 def cdc(debug: bool) -> None:
@@ -37,6 +50,7 @@ def cdc(debug: bool) -> None:
 
 
 for command in (demo, setup, check, run, status, query, resync, teardown):
+    command.context_settings.setdefault("help_option_names", ["-h", "--help"])
     cdc.add_command(command)
 
 
@@ -61,10 +75,6 @@ def main() -> None:
         _fail(error.format_message(), f"see `{context.command_path if context else 'cdc'} --help`", 2)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except BrokenPipeError:
-        # Whoever read our output has had enough; there is nobody to tell. Python would complain at exit otherwise.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except Exception as bug:  # noqa: BLE001 -- one line for a bug, too
         if debug:
             traceback.print_exc()

@@ -158,7 +158,7 @@ def test_run_on_a_terminal(database: Database, lake: Lake) -> None:
     os.close(leader)
     assert b"copy public.[/b]: " in shown
     assert b"table=public.[/b]" in re.sub(rb"\x1b\[[\d;?]*[a-zA-Z]", b"", shown)
-    assert differences(database, lake, "public.[/b]", ["id"]) == ""
+    assert differences(database, lake, "public.[/b]") == ""
 
 
 def stop(consumer: Consumer, number: signal.Signals = signal.SIGTERM) -> None:
@@ -432,7 +432,7 @@ def test_status_again_and_again(database: Database, lake: Lake) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
         assert process.stderr is not None
-        assert process.stderr.read() == ""
+        assert process.stderr.read().strip() == "", "more than the end of the line that shows ^C"
 
 
 # query
@@ -441,13 +441,15 @@ def test_status_again_and_again(database: Database, lake: Lake) -> None:
 @pg18
 def test_query(database: Database, lake: Lake) -> None:
     """As a table, as JSON and as CSV: values exact, names that come twice kept, nothing taken for markup."""
-    database.execute("CREATE TABLE t (id int PRIMARY KEY, v text, n numeric(30,2), d date, b bool, l text[])")
+    database.execute("CREATE TABLE t (id int PRIMARY KEY, v text, n numeric(30,2), b bool)")
     database.execute(
-        "INSERT INTO t VALUES (1, '[red]x[/b] :smile: \"y\", z', 12345678901234567890123456.78, 'infinity', true, "
-        "'{a,NULL}'), (2, NULL, NULL, NULL, false, NULL)"
+        "INSERT INTO t VALUES (1, '[red]x[/b] :smile: \"y\", z', 12345678901234567890123456.78, true), "
+        "(2, NULL, NULL, false)"
     )
     done(lake, database.dsn, "run", "--once")
-    select = "SELECT *, id AS id FROM public.t ORDER BY id"
+    # What Python has no value for, and a list whose text looks like markup.
+    more = "CASE id WHEN 1 THEN DATE 'infinity' END AS d, CASE id WHEN 1 THEN ['a', NULL] END AS l"
+    select = f"SELECT id, v, n, {more}, b, id AS id FROM public.t ORDER BY 1"
     first = {"id": 1, "v": '[red]x[/b] :smile: "y", z', "n": "12345678901234567890123456.78", "d": "infinity"}
     first |= {"b": True, "l": "[a, NULL]", "id_1": 1}
     second = {"id": 2, "v": None, "n": None, "d": None, "b": False, "l": None, "id_1": 2}
@@ -455,10 +457,11 @@ def test_query(database: Database, lake: Lake) -> None:
     out = done(lake, "", "query", "--format", "csv", select)
     assert "\r" not in out
     header, one, two = csv.reader(out.splitlines())
-    assert header == ["id", "v", "n", "d", "b", "l", "id"]
-    assert one == ["1", first["v"], first["n"], "infinity", "true", "[a, NULL]", "1"]
-    assert two == ["2", "", "", "", "false", "", "2"]
-    out = done(lake, "", "query", "SELECT v, l, repeat('0123456789', 20) AS w FROM public.t WHERE id = 1")
+    assert header == ["id", "v", "n", "d", "l", "b", "id"]
+    assert one == ["1", first["v"], first["n"], "infinity", "[a, NULL]", "true", "1"]
+    assert two == ["2", "", "", "", "", "false", "2"]
+    wide = "SELECT v, ['a', NULL] AS l, repeat('0123456789', 20) AS w FROM public.t WHERE id = 1"
+    out = done(lake, "", "query", wide)
     # Folded into their columns, nothing is missing.
     folded = ["".join(line.split("│")[i].strip() for line in out.splitlines() if "│" in line) for i in (1, 2, 3)]
     assert [text.replace(" ", "") for text in folded] == [
@@ -543,7 +546,7 @@ def test_check(database: Database, lake: Lake) -> None:
     assert database.execute("SELECT count(*) FROM pg_publication") == [(0,)]
     complete(database, lake)
     with Consumer(lake, database.dsn) as consumer:
-        await_states(consumer, lake, "streaming", "public.t")
+        eventually(consumer, lambda: "streaming" in consumer.output)
         assert done(lake, database.dsn, "check") == "nothing stands in the way\n"
         assert consumer.stop() == 0
     database.execute("CREATE TABLE keyless (id int)")
