@@ -196,8 +196,6 @@ def _drop_slots(connection: psycopg.Connection[Any], dbname: str) -> None:
 
 
 # Where the server's version matters: there the oldest is tested at every push, elsewhere with the slow tests.
-# Written last, and not seen to pass on a quiet machine yet.
-_UNPROVEN = ("test_resync_of_what_waits_for_a_free_slot",)
 _BY_VERSION = ("test_source_", "test_mirror_dml", "test_mirror_values", "test_embedded")
 
 
@@ -207,6 +205,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         parameters = getattr(item, "callspec", None)
         major = parameters.params.get("server") if parameters else None
         if major not in (None, REQUIRED_MAJOR) and not item.path.name.startswith(_BY_VERSION):
-            item.add_marker("slow")
-        if item.name.startswith(_UNPROVEN):
             item.add_marker("slow")
