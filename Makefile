@@ -11,7 +11,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .NOTPARALLEL:
-.PHONY: setup lint types test soak demo bench clean
+.PHONY: setup lint types test soak mutations demo bench clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,10 @@ test: lint types
 # everything, on the oldest server too, and every crash point more often
 soak: lint types
 	SOAK=1 $(BIN)/python -m pytest -n $(JOBS) --session-timeout=7200 $(PYTEST)
+
+# every fault put in on purpose turns a test red
+mutations: setup
+	$(BIN)/python -m tests.mutations
 
 demo: setup
 	$(BIN)/cdc demo

@@ -115,6 +115,11 @@ class Pipeline:
             self._history.close()
             self._lock.release()
 
+    @property
+    def failed(self) -> list[Table]:
+        """The tables in state error: nothing of them is mirrored until they are copied anew."""
+        return [table for table in self._sink.ledger.tables.values() if table.state == "error"]
+
     def stop(self) -> None:
         """Flush what is in hand, confirm it and let `run` return, within 10 s."""
         if self._stopping:

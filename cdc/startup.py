@@ -74,6 +74,8 @@ def prepare(
             system = slot.identify(replication)
             found = slot.read(connection, settings.slot)
             checkpoint = sink.open()
+            if checkpoint is None and not begins:  # an empty file: a first start was refused, or somebody made it
+                preflight.require(connection, expected)
             if fresh:
                 _refuse_in_use(settings, found, system.dbname)
             else:

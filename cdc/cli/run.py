@@ -36,6 +36,8 @@ def run(settings: Settings, once: bool, fresh: bool) -> None:
     Creates publication and slot if they are absent, copies the tables that are not copied yet, then streams. A first
     signal flushes what is in hand and exits within 10 seconds; a second one quits at once. Neither loses anything.
 
+    With --once the exit status is 3 if some table is in state error, and the others are mirrored.
+
     \b
     Examples:
       cdc run --dsn postgresql://cdc@db.example.com/shop
@@ -46,6 +48,11 @@ def run(settings: Settings, once: bool, fresh: bool) -> None:
         pipeline = Pipeline(settings, observer)
         _stop_on_signals(pipeline)
         pipeline.run(once=once, fresh=fresh)
+    if once and pipeline.failed:
+        for table in pipeline.failed:
+            click.echo(f"warning: table {table} is not mirrored: {table.reason}", err=True)
+        click.echo("hint: mend that, then `cdc resync` each of them", err=True)
+        sys.exit(3)
 
 
 def _stop_on_signals(pipeline: Pipeline) -> None:

@@ -250,10 +250,12 @@ def test_table_that_may_not_be_read(database: Database, lake: Lake, role: str) -
     assert call(lake, database.dsn, "setup", "--apply", "--role", role).returncode == 0
     database.execute(f"REVOKE SELECT ON t FROM {role}")
     dsn = make_conninfo(database.dsn, user=role)
-    error, hint = refused(call(lake, dsn, "run", "--once"))
-    assert error == "no right to read table public.t"
-    assert hint == f'GRANT SELECT ON "public"."t" TO "{role}"'
-    assert database.execute(MADE) == [(0, 2)]
+    for _ in range(2):
+        error, hint = refused(call(lake, dsn, "run", "--once"))
+        assert error == "no right to read table public.t"
+        assert hint == f'GRANT SELECT ON "public"."t" TO "{role}"'
+        assert database.execute(MADE) == [(0, 2)]
+        duckdb.connect(str(lake.warehouse)).close()  # what a start that is refused later leaves
     database.execute(hint)
     complete(database, lake, dsn)
     database.execute(f"REVOKE SELECT ON t FROM {role}")
