@@ -28,10 +28,17 @@ from cdc.sink.history import as_log
 from cdc.sink.schema import DELETED_AT, folded
 from cdc.sink.warehouse import Warehouse, quote
 
-__all__ = ["LOOK_UP_BYTES", "apply", "insert", "of_table"]
+__all__ = ["LOCAL_ROWS", "LOOK_UP_BYTES", "apply", "insert", "of_table"]
 
 LOOK_UP_BYTES = 64_000_000
 """How much is looked up at once for unchanged values."""
+
+LOCAL_ROWS = 36_028_797_018_960_000
+"""The rowid from which on rows are those that the open transaction has inserted (DuckDB's MAX_ROW_ID).
+
+DuckDB 2.0.0 overwrites memory, of other tables too, when a DELETE or UPDATE joins on rowid and finds rows of both
+kinds. So each kind has a statement of its own.
+"""
 
 # Types that DuckDB's Arrow export gives back as something else than what the decoder makes of them.
 _AS_TEXT = ("JSON", "UUID")
@@ -240,11 +247,15 @@ class _Work:
                 SELECT a._cdc_row, make_timestamptz(g._cdc_at) AS _cdc_stamp
                 FROM alive a JOIN gone g ON {equal} AND a._cdc_nth = g._cdc_nth"""
             )
-        if self.soft:
-            sql = f"UPDATE {self.target} AS t SET {quote(DELETED_AT)} = _cdc_stamp FROM _taken WHERE t.rowid = _cdc_row"
-        else:
-            sql = f"DELETE FROM {self.target} WHERE rowid IN (SELECT _cdc_row FROM _taken)"
-        (taken,) = self.warehouse.execute(sql)[0]
+        taken = 0
+        for kind in (f"_cdc_row < {LOCAL_ROWS}", f"_cdc_row >= {LOCAL_ROWS}"):
+            rows_of_kind = f"(SELECT * FROM _taken WHERE {kind})"
+            if self.soft:
+                sql = f"UPDATE {self.target} AS t SET {quote(DELETED_AT)} = k._cdc_stamp FROM {rows_of_kind} k"
+            else:
+                sql = f"DELETE FROM {self.target} AS t USING {rows_of_kind} k"
+            ((count,),) = self.warehouse.execute(f"{sql} WHERE t.rowid = k._cdc_row")
+            taken += count
         self.warehouse.execute("DROP TABLE _taken")
         if taken != len(gone):
             raise self._missing(len(gone) - taken)

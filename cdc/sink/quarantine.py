@@ -122,10 +122,11 @@ def _current(warehouse: Warehouse, table: Table, name: str, keys: set[str]) -> d
 def _take(warehouse: Warehouse, table: Table, name: str, text: str, count: int) -> None:
     """Of the equal values of rows without a key, `count` are no longer held; which ones makes no difference."""
     where = f"{_HERE} AND column_name = ? AND value = ? AND current"
+    which = [table.schema, table.name, name, text]
     warehouse.execute(
-        "UPDATE _cdc.quarantine SET current = false WHERE rowid IN "
-        f"(SELECT rowid FROM _cdc.quarantine WHERE {where} ORDER BY lsn, seq LIMIT {count})",
-        [table.schema, table.name, name, text],
+        f"UPDATE _cdc.quarantine SET current = false WHERE {where} AND (lsn, seq) IN "
+        f"(SELECT (lsn, seq) FROM _cdc.quarantine WHERE {where} ORDER BY lsn, seq LIMIT {count})",
+        [*which, *which],
     )
 
 
