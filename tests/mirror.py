@@ -25,6 +25,7 @@ from psycopg import sql
 
 from cdc.pipeline import Pipeline
 from cdc.settings import load
+from cdc.sink.warehouse import open_file
 from tests.conftest import Database, Lake
 
 __all__ = [
@@ -161,7 +162,7 @@ def open_warehouse(lake: Lake, timeout_s: float = 30.0) -> duckdb.DuckDBPyConnec
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            connection = duckdb.connect(str(lake.warehouse), read_only=True)
+            connection = open_file(lake.warehouse, read_only=True)
         except duckdb.IOException:
             assert time.monotonic() < deadline, "the warehouse stayed locked"
             time.sleep(0.01)

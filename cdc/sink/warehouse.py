@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from cdc.errors import SinkError, StateError, WarehouseBusy
 
-__all__ = ["ConsumerLock", "Warehouse", "explain", "no_space", "open_for_reading", "quote"]
+__all__ = ["ConsumerLock", "Warehouse", "explain", "no_space", "open_file", "open_for_reading", "quote"]
 
 STORAGE_VERSION = "v1.5.0"
 """Files stay readable by DuckDB 1.5 tools; 2.0 would write a format that they cannot open."""
@@ -115,10 +115,10 @@ class Warehouse:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not self.path.exists():
                 self._create()
-            self._connection = duckdb.connect(str(self.path), config=self._config)
+            self._connection = open_file(self.path, config=self._config)
         except duckdb.IOException as error:
             reason = str(error).splitlines()[0]
-            if "Could not set lock" not in reason:
+            if not _is_held(error):
                 raise _cannot_open(self.path, reason) from None
             pid = re.search(r"PID (\d+)", reason)
             raise WarehouseBusy(
@@ -237,6 +237,46 @@ class Warehouse:
             self._run("ROLLBACK")
 
 
+def open_file(path: Path, **options: Any) -> duckdb.DuckDBPyConnection:
+    """Open a DuckDB file that others write to, and see what they have written.
+
+    DuckDB 2.0.0 reads a file's headers before it asks for its lock. What was written in between it does not see: it
+    would go on from a state that is gone, and read blocks that hold something else by now, or write over them. So
+    whatever has changed meanwhile is opened once more.
+
+    Args:
+        options: for `duckdb.connect`.
+
+    Raises:
+        duckdb.Error: it cannot be opened; IOException "Could not set lock": somebody else holds it.
+    """
+    while True:
+        before = _written(path)
+        try:
+            connection = duckdb.connect(str(path), **options)
+        except duckdb.Error as error:
+            if _is_held(error) or _written(path) == before:
+                raise
+            continue
+        if _written(path) == before:
+            return connection
+        connection.close()
+
+
+def _is_held(error: duckdb.Error) -> bool:
+    return "Could not set lock" in str(error)
+
+
+def _written(path: Path) -> tuple[object, ...]:
+    """Return what differs once somebody has written to the file.
+
+    Without opening it: to close it again would drop the lock that this process may have.
+    """
+    found = path.stat() if path.exists() else None
+    log = path.with_name(path.name + ".wal").exists()  # until whoever writes is done
+    return (found and (found.st_ino, found.st_size, found.st_mtime_ns), log)
+
+
 def open_for_reading(path: Path, patience_s: float) -> duckdb.DuckDBPyConnection:
     """Open the warehouse read-only, waiting while its consumer writes.
 
@@ -253,10 +293,10 @@ def open_for_reading(path: Path, patience_s: float) -> duckdb.DuckDBPyConnection
     deadline = time.monotonic() + patience_s
     while True:
         try:
-            connection = duckdb.connect(str(path), read_only=True)
+            connection = open_file(path, read_only=True)
         except duckdb.Error as error:
             reason = str(error).splitlines()[0]
-            if "Could not set lock" not in reason:
+            if not _is_held(error):
                 raise _cannot_open(path, reason) from None
             if time.monotonic() >= deadline:
                 raise WarehouseBusy(

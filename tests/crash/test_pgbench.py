@@ -24,6 +24,7 @@ import psycopg
 import pytest
 
 from cdc.demo import BALANCES
+from cdc.sink.warehouse import open_file
 from tests.conftest import Database, Lake
 from tests.crash.remains import Remains, glob, remains
 from tests.mirror import Consumer, differences, run_cdc, states, until, warehouse_rows
@@ -65,7 +66,7 @@ class Sight:
         """Look once, unless the consumer has the file; whether it was free."""
         found = glob(self.lake)
         try:
-            connection = duckdb.connect(str(self.lake.warehouse), read_only=True)
+            connection = open_file(self.lake.warehouse, read_only=True)
         except duckdb.IOException:
             return False
         try:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pytest
 
 from cdc.errors import StateError, WarehouseBusy
-from cdc.sink.warehouse import ConsumerLock, Warehouse, quote
+from cdc.sink.warehouse import ConsumerLock, Warehouse, open_file, quote
 
 
 @pytest.fixture
@@ -34,6 +36,33 @@ def test_an_interruption_between_two_statements_is_not_forgotten(warehouse: Ware
     warehouse.release()
     with duckdb.connect(str(warehouse.path), read_only=True) as reader:
         assert reader.execute("SELECT count(*) FROM duckdb_tables()").fetchall() == [(0,)]
+
+
+@pytest.mark.parametrize("log", [False, True], ids=["at rest", "being written"])
+def test_what_is_written_while_the_file_is_opened_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: bool
+) -> None:
+    """DuckDB reads the headers before it locks the file: the state that it goes on from may be gone by then."""
+    path, past = tmp_path / "w.duckdb", tmp_path / "past.duckdb"
+    with duckdb.connect(str(path)) as writer:
+        writer.execute("CREATE TABLE t AS SELECT 1 AS i")
+    if log:
+        path.with_name("w.duckdb.wal").touch()
+    connect, opened = duckdb.connect, []
+
+    def late(file: str, **options: Any) -> duckdb.DuckDBPyConnection:
+        opened.append(file)
+        if len(opened) > 1:
+            return connect(file, **options)
+        shutil.copy(path, past)
+        with connect(file) as writer:
+            writer.execute("INSERT INTO t VALUES (2)")
+        return connect(str(past), **options)
+
+    monkeypatch.setattr("cdc.sink.warehouse.duckdb.connect", late)
+    with open_file(path, read_only=True) as reader:
+        assert reader.execute("FROM t").fetchall() == [(1,), (2,)]
+    assert opened == [str(path)] * 2
 
 
 def test_what_was_begun_goes_with_its_release(warehouse: Warehouse) -> None:
