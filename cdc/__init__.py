@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import os
 
-# Before Arrow is loaded. Its own default, mimalloc 3, is suspected of handing out memory twice when threads come and go
-# beside other allocators: https://github.com/microsoft/mimalloc/issues/1287, https://github.com/apache/arrow/issues/50908
+# Before Arrow is loaded: its own default, mimalloc, takes a fifth more memory and a tenth more time for a backlog
+# (bench/backlog.py), and has crashed beside other copies of itself: https://github.com/microsoft/mimalloc/issues/1287
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")

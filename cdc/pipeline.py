@@ -6,7 +6,7 @@
 
 Rules. A batch's transaction commits data and checkpoint together, and only then is the slot confirmed. A transaction
 larger than a batch stays open over several; copies wait for its end. The warehouse is let go of whenever there is
-nothing to write. An error in one table puts that table aside; any other ends the loop with nothing confirmed that is
+nothing to write, and every few seconds while there always is. An error in one table puts that table aside; any other ends the loop with nothing confirmed that is
 not durable. A broken connection is made anew from the checkpoint, with a decoder that knows nothing.
 """
 
@@ -53,6 +53,10 @@ QUEUE_BATCHES = 2
 _TICK_S = 0.2
 _COPY_TICK_S = 0.01
 _BUSY_WARNING_S = 5.0
+
+# A consumer that is always busy lets go of the warehouse that often, and for so long, for those who wait for it.
+_HOLD_S = 5.0
+_ROOM_S = 0.1
 
 
 class Stopped(Exception):
@@ -172,6 +176,9 @@ class Pipeline:
                     self._receiver.wanted = NEVER if copies.wanted is None else copies.wanted
                 if self._inbox.empty() and not copies.ready and not _backlogged(item):
                     self._sink.release()
+                elif self._warehouse.held_s >= _HOLD_S and not self._warehouse.in_transaction:
+                    self._sink.release()
+                    time.sleep(_ROOM_S)
         finally:
             watcher.stop()
             copies.stop()

@@ -58,6 +58,7 @@ class Warehouse:
             "preserve_insertion_order": True,
         }
         self._connection: duckdb.DuckDBPyConnection | None = None
+        self._opened_at = 0.0
         self._database = ""
         self.in_transaction = False
         self._committing = False
@@ -68,6 +69,11 @@ class Warehouse:
     def held(self) -> bool:
         """Whether this process has the file open now."""
         return self._connection is not None
+
+    @property
+    def held_s(self) -> float:
+        """For how many seconds the file has been held; 0: it is not."""
+        return time.monotonic() - self._opened_at if self.held else 0.0
 
     @property
     def connection(self) -> duckdb.DuckDBPyConnection:
@@ -129,6 +135,7 @@ class Warehouse:
         except (duckdb.Error, OSError) as error:
             raise _cannot_open(self.path, str(error).splitlines()[0]) from None
         self._connection.execute("SET TimeZone = 'UTC'")
+        self._opened_at = time.monotonic()
 
     def _create(self) -> None:
         """Make an empty database; a disk that is full leaves none, or DuckDB would not open it again."""

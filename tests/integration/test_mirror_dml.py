@@ -788,6 +788,27 @@ def test_readers_see_whole_transactions(database: Database, lake: Lake) -> None:
 
 
 @only_18
+def test_readers_get_in_while_the_consumer_is_far_behind(database: Database, lake: Lake) -> None:
+    """L4: a consumer that is never idle lets go of the warehouse now and then."""
+    rows = 4000
+    database.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    sync(database, lake)
+    database.execute(f"DO 'BEGIN FOR i IN 1..{rows} LOOP INSERT INTO t VALUES (i); COMMIT; END LOOP; END'")
+    seen: list[int] = []
+
+    def half_way() -> bool:
+        ((count,),) = warehouse_rows(lake, "SELECT count(*) FROM public.t")
+        seen.append(count)
+        return 0 < count < rows
+
+    with Consumer(lake, database.dsn, flush_rows="1") as consumer:
+        until(half_way, 30, "a reader to see a part of what is there")
+        assert consumer.running
+        consumer.kill()
+    assert seen[-1] < rows
+
+
+@only_18
 def test_a_column_called_rowid(database: Database, lake: Lake) -> None:
     """C10, B3: a column that hides DuckDB's own row numbers must not decide which row a delete takes."""
     database.execute(
