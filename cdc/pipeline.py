@@ -6,8 +6,9 @@
 
 Rules. A batch's transaction commits data and checkpoint together, and only then is the slot confirmed. A transaction
 larger than a batch stays open over several; copies wait for its end. The warehouse is let go of whenever there is
-nothing to write, and every few seconds while there always is. An error in one table puts that table aside; any other ends the loop with nothing confirmed that is
-not durable. A broken connection is made anew from the checkpoint, with a decoder that knows nothing.
+nothing to write, and every few seconds while there always is. An error in one table puts that table aside; any other
+ends the loop with nothing confirmed that is not durable. A broken connection is made anew from the checkpoint, with a
+decoder that knows nothing.
 """
 
 from __future__ import annotations
