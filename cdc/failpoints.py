@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 
 __all__ = ["POINTS", "reach"]
 
@@ -48,6 +49,9 @@ def _armed(text: str) -> dict[str, int]:
 _countdown = _armed(os.environ.get("CDC_CRASH_AT", ""))
 _lock = threading.Lock()
 
+_LINGER_S = 0.1
+"""What other threads were told too early gets out before the death, and shows."""
+
 
 def reach(point: str) -> None:
     """Die here if a test asked for it."""
@@ -56,4 +60,5 @@ def reach(point: str) -> None:
     with _lock:
         _countdown[point] -= 1
         if _countdown[point] == 0:
+            time.sleep(_LINGER_S)
             os.kill(os.getpid(), signal.SIGKILL)
