@@ -799,7 +799,7 @@ def test_readers_get_in_while_the_consumer_is_far_behind(database: Database, lak
     def half_way() -> bool:
         ((count,),) = warehouse_rows(lake, "SELECT count(*) FROM public.t")
         seen.append(count)
-        return 0 < count < rows
+        return bool(0 < count < rows)
 
     with Consumer(lake, database.dsn, flush_rows="1") as consumer:
         until(half_way, 30, "a reader to see a part of what is there")
