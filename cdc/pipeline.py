@@ -30,10 +30,12 @@ from cdc.lsn import format_lsn
 from cdc.pgoutput.decoder import Decoder
 from cdc.pgoutput.messages import WireBatch
 from cdc.settings import Settings
+from cdc.sink.answers import Answers
 from cdc.sink.checkpoint import Table
 from cdc.sink.history import History
 from cdc.sink.schema import LiveColumn, LiveTable
 from cdc.sink.sink import Resync, Sink
+from cdc.sink.view import View
 from cdc.sink.warehouse import ConsumerLock, Warehouse
 from cdc.source import catalog, fence
 from cdc.source.catalog import PublishedTable
@@ -42,6 +44,7 @@ from cdc.source.slot import Blocker, Slot
 from cdc.source.stream import NEVER, Idle, Item, Limits, Receiver, StreamEnded
 from cdc.source.watcher import Watcher
 from cdc.startup import check, prepare, reconcile
+from cdc.tally import Tally
 
 __all__ = ["Observer", "Pipeline"]
 
@@ -72,6 +75,7 @@ class Pipeline:
         self._observer = observer
         self._lock = ConsumerLock(settings.warehouse)
         self._warehouse = Warehouse(settings.warehouse, settings.memory, settings.threads, settings.tmp)
+        self._answers = Answers(self._warehouse)
         self._history = History(settings.history)
         self._sink = Sink(
             self._warehouse,
@@ -80,6 +84,7 @@ class Pipeline:
             live=self._live,
             waiting=self._waiting_for_warehouse,
             give_up=lambda: self._stopping and time.monotonic() >= self._stop_by,
+            view=_view(settings),
         )
         self._limits = Limits(settings.flush_rows, settings.flush_bytes, settings.flush_interval)
         self._publications: tuple[str, ...] = ()
@@ -89,6 +94,7 @@ class Pipeline:
         self._deadline: threading.Timer | None = None
         self._stop_by = 0.0
         self._warned_at = 0.0
+        self._tally = Tally()
         # Of the present connection:
         self._inbox: queue.Queue[Item] = queue.Queue(QUEUE_BATCHES)
         self._receiver: Receiver | None = None
@@ -107,6 +113,7 @@ class Pipeline:
         """
         self._lock.acquire()
         try:
+            self._listen()
             self._run(once=once, fresh=fresh)
         except (Stopped, WarehouseBusy, queue.Empty):
             if not self._stopping:
@@ -116,6 +123,7 @@ class Pipeline:
         finally:
             if self._deadline is not None:
                 self._deadline.cancel()
+            self._answers.stop()
             self._warehouse.release()
             self._history.close()
             self._lock.release()
@@ -137,6 +145,13 @@ class Pipeline:
         if self._interruptible:
             raise Stopped
 
+    def _listen(self) -> None:
+        try:
+            self._answers.start()
+        except OSError as error:  # no reason not to mirror
+            reason = f"no socket can be made: {error.strerror}"
+            self._observer.event("queries have to wait while the warehouse is written", reason=reason)
+
     # The loop
 
     def _run(self, *, once: bool, fresh: bool) -> None:
@@ -144,6 +159,8 @@ class Pipeline:
             self._publications = prepare(
                 self._settings, self._sink, self._waiting_for_slot, self._slot_in_use, fresh=fresh, once=once
             )
+        if self._settings.view and (aside := self._sink.show()):
+            self._observer.event("renamed aside", table=self._settings.view, new_name=aside)
         self._take_marks()
         copies = Copies(self._settings, self._publications, self._sink, self._observer, self._waiting_for_slot)
         self._copies = copies
@@ -165,6 +182,7 @@ class Pipeline:
                     copies.stop()
                     self._drain()
                     break
+                self._summarize()
                 item = self._next(copies)
                 if item is not None:
                     self._pass_fences(self._handle(item))
@@ -175,11 +193,7 @@ class Pipeline:
                     copies.step(self._acquire)
                 if self._receiver is not None:
                     self._receiver.wanted = NEVER if copies.wanted is None else copies.wanted
-                if self._inbox.empty() and not copies.ready and not _backlogged(item):
-                    self._sink.release()
-                elif self._warehouse.held_s >= _HOLD_S and not self._warehouse.in_transaction:
-                    self._sink.release()
-                    time.sleep(_ROOM_S)
+                self._let_go(busy=not self._inbox.empty() or copies.ready or _backlogged(item))
         finally:
             watcher.stop()
             copies.stop()
@@ -220,9 +234,12 @@ class Pipeline:
                 self._sink.apply(decoded)
                 if not batch.complete:
                     reach("mid_txn")
+                    self._tally.count(decoded)
                     return set()
                 if decoded.end_lsn is not None and decoded.end_lsn > self._sink.position:
                     self._sink.commit(decoded.end_lsn, decoded.commit_ts)
+                    self._tally.count(decoded)
+                    self._tally.as_of = decoded.commit_ts
                 else:  # only what was durable already
                     self._sink.rollback()
                 break
@@ -244,6 +261,7 @@ class Pipeline:
             return
         self._acquire()
         self._sink.commit(idle.lsn, None, idle.at)
+        self._tally.as_of = idle.at
         reach("during_idle")
         self._confirm()
 
@@ -263,6 +281,23 @@ class Pipeline:
             if isinstance(item, StreamEnded):
                 break
             self._handle(item)
+
+    def _let_go(self, *, busy: bool) -> None:
+        """Let others have the warehouse; while there is always something to write, every few seconds."""
+        if not busy:
+            self._sink.release()
+        elif self._warehouse.held_s >= _HOLD_S and not self._warehouse.in_transaction:
+            self._sink.release()
+            if not self._warehouse.held:
+                time.sleep(_ROOM_S)
+
+    def _summarize(self) -> None:
+        """Once a minute, tell how far it is."""
+        if not self._tally.due():
+            return
+        position = self._sink.position
+        received = position if self._receiver is None else self._receiver.received
+        self._observer.event("mirrored", **self._tally.summary(position, received))
 
     # The connection
 
@@ -287,6 +322,7 @@ class Pipeline:
                         self._limits,
                         self._inbox,
                     )
+                    self._sink.release()  # a guest may have kept it open
                     try:
                         check(self._settings, self._sink.ledger.checkpoint)
                         receiver.connect()
@@ -416,6 +452,11 @@ class Pipeline:
 def _backlogged(item: Item | None) -> bool:
     """Whether the next batch is likely on its way: to close the warehouse now would cost more than it gives."""
     return isinstance(item, WireBatch) and item.full
+
+
+def _view(settings: Settings) -> View | None:
+    schema_name, _, table_name = settings.view_of.partition(".")
+    return View(settings.view, schema_name, table_name) if settings.view and table_name else None
 
 
 def _again(table: Table) -> Table:

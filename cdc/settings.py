@@ -26,7 +26,7 @@ from pydantic_settings import (
 from cdc.errors import SettingsError
 from cdc.source.connection import read_dsn
 
-__all__ = ["Settings", "load"]
+__all__ = ["Settings", "load", "read_seconds"]
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
@@ -39,7 +39,12 @@ def _bytes(value: object) -> object:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
-def _seconds(value: object) -> object:
+def read_seconds(value: object) -> float:
+    """Return a duration in seconds.
+
+    Raises:
+        ValueError: it is none.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
     if not match or match[2].lower() not in _SECONDS:
         raise ValueError(f"not a duration such as 1s or 200ms: {value!r}")
@@ -63,7 +68,7 @@ def _file(value: Path) -> Path:
 
 
 Size = Annotated[int, BeforeValidator(_bytes)]
-Duration = Annotated[float, BeforeValidator(_seconds)]
+Duration = Annotated[float, BeforeValidator(read_seconds)]
 File = Annotated[Path, AfterValidator(_file)]
 Folder = Annotated[Path | None, BeforeValidator(_none)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
@@ -78,10 +83,15 @@ PREDECESSOR = {
     "POSTGRES_PASSWORD": None,
     "SYNC_INTERVAL_SECONDS": "flush_interval",
     "BATCH_SIZE": "flush_rows",
+    "POSTGRES_PRIMARY_KEY": "primary_key",
     "DUCKDB_PATH": "warehouse",
+    "DUCKDB_TABLE": "view",
     "PARQUET_DIR": "history",
+    "STATE_DIR": None,
 }
-"""The predecessor's variables that mean one of our settings; None: several together do."""
+"""The predecessor's variables and which of our settings each means; None: several together do, or it has no use now."""
+
+_PREDECESSOR_TABLE, _PREDECESSOR_VIEW = "subscriptions", "analytics_subscriptions"
 
 
 class Settings(BaseSettings):
@@ -107,6 +117,10 @@ class Settings(BaseSettings):
     memory: Annotated[Size, Field(ge=64_000_000, description="DuckDB's memory limit")] = 512_000_000
     threads: int = Field(os.cpu_count() or 2, ge=1, le=1024, description="DuckDB's threads, and those of a copy")
     tmp: Folder = Field(None, description="DuckDB's folder for spilling; default: beside the warehouse")
+    view: str = Field("", description="a view of CDC_VIEW_OF in schema main, under a name that old queries know")
+    view_of: str = Field("", pattern=r"^$|^[^.]+\..+$", description="schema.table that CDC_VIEW shows")
+    primary_key: str = Field("", description="what must identify the rows of CDC_VIEW_OF: columns, by comma")
+    log: Literal["text", "json"] = Field("text", description="log lines for people, or one JSON object each")
     deletes: Literal["hard", "soft"] = Field("hard", description="hard: deleted rows go; soft: they stay")
 
     @classmethod
@@ -155,10 +169,14 @@ def _predecessor(environ: Mapping[str, str]) -> dict[str, Any]:
     parts = {key: environ[f"POSTGRES_{name}"] for name, key in keys.items() if environ.get(f"POSTGRES_{name}")}
     if parts:
         values["dsn"] = make_conninfo("", **parts)
-    if table := environ.get("POSTGRES_TABLE"):
-        values["tables"] = f"{environ.get('POSTGRES_SCHEMA') or 'public'}.{table}"
-    elif schema := environ.get("POSTGRES_SCHEMA"):
+    schema, table = environ.get("POSTGRES_SCHEMA"), environ.get("POSTGRES_TABLE")
+    if table:
+        values["tables"] = f"{schema or 'public'}.{table}"
+    elif schema:
         values["tables"] = f"{schema}.*"
+    if table or "view" in values:
+        values.setdefault("view", _PREDECESSOR_VIEW)
+        values["view_of"] = f"{schema or 'public'}.{table or _PREDECESSOR_TABLE}"
     return values
 
 
@@ -169,8 +187,9 @@ def _refuse_unknown(environ: Mapping[str, str]) -> None:
             raise SettingsError(f"unknown setting {name}", _suggestion(name, known))
 
 
-_OF_TESTS = ("CDC_CRASH_AT",)
-"""Variables with our prefix that are no settings: the named crash points (cdc/failpoints.py)."""
+_OF_TESTS = ("CDC_CRASH_AT", "CDC_DEMO_DSN")
+"""Variables with our prefix that are no settings: the named crash points (cdc/failpoints.py), and the connection of
+``cdc demo --changes``, which stands in the environment of a consumer that has no use for it."""
 
 
 def _suggestion(name: str, known: list[str]) -> str:

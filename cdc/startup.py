@@ -88,6 +88,7 @@ def prepare(
                 _check_deletes(settings, sink)
             publications = _publish(connection, settings, once=once)
             published = catalog.published(connection, publications)
+            _check_key(settings, connection, published)
             if fresh or checkpoint is None:  # later on it is the trouble of one table
                 _refuse_strangers(settings, sink, published)
             if fresh:
@@ -359,6 +360,23 @@ def _check_slot(settings: Settings, lsn: int, found: Slot | None) -> None:
             f"warehouse ends at {format_lsn(lsn)}: what lies between is lost",
             f"was the warehouse restored from an older copy, or the slot made anew? {anew}",
         )
+
+
+def _check_key(settings: Settings, connection: Connection, published: Sequence[PublishedTable]) -> None:
+    """Refuse another key than the server's: it alone tells the rows of an update or a delete."""
+    if not settings.primary_key:
+        return
+    for table in published:
+        if f"{table.schema}.{table.name}" == settings.view_of:
+            definition = catalog.definition(connection, table.oid)
+            key = set(definition.key) if definition is not None else set()
+            names = [a.name for a in (definition.attributes if definition is not None else ()) if a.attnum in key]
+            if sorted(names) != sorted(name.strip() for name in settings.primary_key.split(",")):
+                raise SettingsError(
+                    f"POSTGRES_PRIMARY_KEY is {settings.primary_key}, but the rows of {settings.view_of} are "
+                    f"identified by {', '.join(names) or 'nothing'}",
+                    "leave it away, or make it the key: ALTER TABLE ... REPLICA IDENTITY USING INDEX ...",
+                )
 
 
 def _check_deletes(settings: Settings, sink: Sink) -> None:

@@ -13,7 +13,7 @@ from cdc.cli.options import with_settings
 from cdc.errors import CdcError, WarehouseBusy
 from cdc.settings import Settings
 from cdc.sink.checkpoint import Checkpoint
-from cdc.sink.warehouse import open_for_reading
+from cdc.sink.reader import reading, rows
 from cdc.source import slot
 from cdc.source.connection import Connection, connect, connect_replication
 from cdc.source.preflight import Expected, Finding, findings
@@ -63,14 +63,11 @@ def _warehouse(settings: Settings, connection: Connection) -> Iterator[Finding]:
 def _checkpoint(settings: Settings) -> Checkpoint | None:
     if not settings.warehouse.exists():
         return None
-    connection = open_for_reading(settings.warehouse, PATIENCE_S)
-    try:
-        if not connection.execute("SELECT 1 FROM duckdb_tables() WHERE schema_name = '_cdc'").fetchall():
+    with reading(settings.warehouse, PATIENCE_S) as ask:
+        if not rows(ask("SELECT 1 FROM duckdb_tables() WHERE schema_name = '_cdc'")):
             return None
         query = "SELECT system_identifier, database, slot, publication, lsn FROM _cdc.checkpoint"
-        return Checkpoint(*connection.execute(query).fetchall()[0])
-    finally:
-        connection.close()
+        return Checkpoint(*rows(ask(query))[0])
 
 
 def _paths(settings: Settings) -> Iterator[Finding]:

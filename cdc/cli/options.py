@@ -8,9 +8,22 @@ from typing import Any
 
 import click
 
-from cdc.settings import Settings, load
+from cdc.settings import Settings, load, read_seconds
 
-__all__ = ["with_settings"]
+__all__ = ["Seconds", "with_settings"]
+
+
+class Seconds(click.ParamType[float]):
+    """A duration such as 60s, in seconds once read."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read it as the settings do."""
+        try:
+            return read_seconds(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import logging
+import os
 import signal
 import sys
 import threading
@@ -14,6 +16,7 @@ from typing import Any
 
 import click
 import structlog
+from psycopg.conninfo import conninfo_to_dict
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -44,7 +47,10 @@ def run(settings: Settings, once: bool, fresh: bool) -> None:
       CDC_DSN=postgresql://cdc@localhost/shop cdc run --once
     """
     with contextlib.ExitStack() as stack:
-        observer = stack.enter_context(_observer())
+        observer = stack.enter_context(_observer(as_json=settings.log == "json"))
+        observer.event("starting", **_intention(settings, once=once, fresh=fresh))
+        if "STATE_DIR" in os.environ:
+            observer.event("state folder not used", variable="STATE_DIR", reason="the position is kept with the data")
         pipeline = Pipeline(settings, observer)
         _stop_on_signals(pipeline)
         pipeline.run(once=once, fresh=fresh)
@@ -53,6 +59,21 @@ def run(settings: Settings, once: bool, fresh: bool) -> None:
             click.echo(f"warning: table {table} is not mirrored: {table.reason}", err=True)
         click.echo("hint: mend that, then `cdc resync` each of them", err=True)
         sys.exit(3)
+
+
+def _intention(settings: Settings, *, once: bool, fresh: bool) -> dict[str, Any]:
+    """Return what the consumer will do, without a password."""
+    source = conninfo_to_dict(settings.dsn)
+    return {
+        "version": importlib.metadata.version("pg-duckdb-cdc"),
+        "source": "/".join(str(source[part]) for part in ("host", "port", "dbname") if source.get(part)),
+        "tables": ",".join(settings.tables) or "all",
+        "slot": settings.slot,
+        "publication": settings.publication,
+        "warehouse": str(settings.warehouse),
+        "history": str(settings.history or "none"),
+        "mode": " ".join(["once" if once else "until stopped", *(["fresh"] if fresh else [])]),
+    }
 
 
 def _stop_on_signals(pipeline: Pipeline) -> None:
@@ -66,19 +87,24 @@ def _stop_on_signals(pipeline: Pipeline) -> None:
 
 
 @contextlib.contextmanager
-def _observer() -> Iterator[Log]:
+def _observer(*, as_json: bool) -> Iterator[Log]:
     console = Console(stderr=True)
+    rendered = (
+        structlog.processors.JSONRenderer()
+        if as_json
+        else structlog.dev.ConsoleRenderer(colors=console.is_terminal, pad_event_to=0)
+    )
     structlog.configure(
         processors=[
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.dev.ConsoleRenderer(colors=console.is_terminal, pad_event_to=0),
+            rendered,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     # The library that retries would log each try by itself; what matters of it comes as an event.
     logging.getLogger("stamina").setLevel(logging.CRITICAL)
-    if not console.is_terminal:
+    if as_json or not console.is_terminal:
         yield Log()
         return
     columns = TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn()

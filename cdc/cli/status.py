@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import sys
 import time
 from typing import Any
 
@@ -11,11 +12,12 @@ import click
 from rich.console import Console
 from rich.table import Column, Table
 
-from cdc.cli.options import with_settings
+from cdc.cli.options import Seconds, with_settings
 from cdc.errors import SinkError
 from cdc.lsn import format_lsn
 from cdc.settings import Settings
-from cdc.sink.warehouse import open_for_reading, quote
+from cdc.sink.reader import reading, rows
+from cdc.sink.warehouse import quote
 from cdc.source import slot
 from cdc.source.connection import connect, translated
 
@@ -24,7 +26,7 @@ __all__ = ["status"]
 PATIENCE_S = 10.0
 
 _POSITIONS = """
-SELECT (pg_current_wal_lsn() - '0/0')::int8,
+SELECT extract(epoch FROM clock_timestamp())::float8, (pg_current_wal_lsn() - '0/0')::int8,
        (SELECT (sent_lsn - '0/0')::int8 FROM pg_stat_replication JOIN pg_replication_slots ON active_pid = pid
         WHERE slot_name = %s)"""
 
@@ -32,11 +34,19 @@ SELECT (pg_current_wal_lsn() - '0/0')::int8,
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
 @click.option("--watch", is_flag=True, help="print again every two seconds, until Ctrl-C")
+@click.option("--max-lag", type=Seconds(), metavar="DURATION", help="exit with 3 if it is further behind than that")
 @with_settings("dsn", "warehouse", "slot", "publication")
-def status(settings: Settings, as_json: bool, watch: bool) -> None:
-    """Show the slot, the positions and lag, the checkpoint and each table.
+def status(settings: Settings, as_json: bool, watch: bool, max_lag: float | None) -> None:
+    r"""Show the slot, the positions and lag, the checkpoint and each table.
 
-    Works with and without a running consumer.
+    Works with and without a running consumer. The lag in seconds is the server's clock less the moment up to which
+    everything that was committed is in; a consumer that has nothing to do moves that on every ten seconds.
+
+    \b
+    Examples:
+      cdc status
+      cdc status --json
+      cdc status --max-lag 60s    for a health check
     """
     while True:
         found = _gather(settings)
@@ -44,9 +54,19 @@ def status(settings: Settings, as_json: bool, watch: bool) -> None:
             click.echo(json.dumps(found, indent=None if watch else 2))
         else:
             _print(found)
+        if max_lag is not None and (reason := _behind(found["positions"]["lag_s"], max_lag)):
+            click.echo(f"warning: {reason}", err=True)
+            sys.exit(3)
         if not watch:
             return
         time.sleep(2.0)
+
+
+def _behind(lag_s: float | None, max_lag_s: float) -> str:
+    """Return in what the warehouse is too far behind; '' if it is not."""
+    if lag_s is None:
+        return "nothing is mirrored yet"
+    return f"the warehouse is {lag_s:.0f} s behind, more than {max_lag_s:g} s" if lag_s > max_lag_s else ""
 
 
 def _gather(settings: Settings) -> dict[str, Any]:
@@ -54,7 +74,7 @@ def _gather(settings: Settings) -> dict[str, Any]:
     with connect(settings.dsn) as connection:
         found = slot.read(connection, settings.slot)
         with translated("positions"):
-            server, sent = connection.execute(_POSITIONS, [settings.slot]).fetchall()[0]
+            now, server, sent = connection.execute(_POSITIONS, [settings.slot]).fetchall()[0]
     confirmed = found.confirmed_flush_lsn if found else None
     checkpoint = warehouse["checkpoint"]
     as_of = warehouse["as_of"]
@@ -75,7 +95,7 @@ def _gather(settings: Settings) -> dict[str, Any]:
             "received": _lsn(sent),
             "confirmed": _lsn(confirmed),
             "lag_bytes": max(0, server - confirmed) if confirmed is not None else None,
-            "lag_s": round(max(0.0, time.time() - as_of), 3) if as_of is not None else None,
+            "lag_s": round(max(0.0, now - as_of), 3) if as_of is not None else None,
         },
         "checkpoint": {"lsn": _lsn(checkpoint[0]), "commit_ts": checkpoint[1]} if checkpoint else None,
         "tables": warehouse["tables"],
@@ -87,36 +107,27 @@ def _warehouse(settings: Settings) -> dict[str, Any]:
     empty: dict[str, Any] = {"checkpoint": None, "as_of": None, "tables": []}
     if not settings.warehouse.exists():
         return empty
-    connection = open_for_reading(settings.warehouse, PATIENCE_S)
-    try:
-
-        def run(sql: str) -> list[tuple[Any, ...]]:
-            return connection.execute(sql).fetchall()
-
-        if not run("SELECT 1 FROM duckdb_tables() WHERE schema_name = '_cdc' AND table_name = 'tables'"):
+    with reading(settings.warehouse, PATIENCE_S) as ask:
+        if not rows(ask("SELECT 1 FROM duckdb_tables() WHERE schema_name = '_cdc' AND table_name = 'tables'")):
             raise SinkError(f"{settings.warehouse} is no warehouse of cdc", "set CDC_WAREHOUSE to the one you mean")
-        for lsn, commit_ts, as_of in run("SELECT lsn, commit_ts::VARCHAR, epoch(as_of) FROM _cdc.checkpoint"):
+        for lsn, commit_ts, as_of in rows(ask("SELECT lsn, commit_ts, epoch(as_of) FROM _cdc.checkpoint")):
             empty |= {"checkpoint": (lsn, commit_ts), "as_of": as_of}
-        ((database,),) = run("SELECT current_database()")
-        here = set(run("SELECT schema_name, table_name FROM duckdb_tables()"))
-        for schema, name, state, reason, changed in run(
-            "SELECT schema_name, table_name, state, reason, last_change_ts::VARCHAR FROM _cdc.tables ORDER BY 1, 2"
+        ((database,),) = rows(ask("SELECT current_database()"))
+        here = set(rows(ask("SELECT schema_name, table_name FROM duckdb_tables()")))
+        for schema, name, state, reason, changed in rows(
+            ask("SELECT schema_name, table_name, state, reason, last_change_ts FROM _cdc.tables ORDER BY 1, 2")
         ):
-            rows = (
-                run(f"SELECT count(*) FROM {quote(database, schema, name)}")[0][0] if (schema, name) in here else None
-            )
+            counted = f"SELECT count(*) FROM {quote(database, schema, name)}"
             empty["tables"].append(
                 {
                     "schema": schema,
                     "name": name,
                     "state": state,
                     "reason": reason,
-                    "rows": rows,
+                    "rows": rows(ask(counted))[0][0] if (schema, name) in here else None,
                     "last_change_ts": changed,
                 }
             )
-    finally:
-        connection.close()
     return empty
 
 

@@ -30,6 +30,7 @@ from cdc.sink.apply import apply, insert, of_table
 from cdc.sink.checkpoint import Checkpoint, Ledger, State, StoredColumn, Table
 from cdc.sink.history import History, HistoryFile, as_log
 from cdc.sink.schema import DELETED_AT, LiveTable
+from cdc.sink.view import View, make_room, refresh
 from cdc.sink.warehouse import Warehouse, explain, quote
 
 __all__ = ["COPY_SEQ", "CopiedChunk", "Resync", "Sink"]
@@ -74,6 +75,7 @@ class Sink:
         live: Callable[[int], LiveTable | None],
         waiting: Callable[[WarehouseBusy, float], None],
         give_up: Callable[[], bool],
+        view: View | None = None,
     ) -> None:
         """Create a sink that holds nothing yet; `open` it.
 
@@ -82,6 +84,7 @@ class Sink:
             live: returns the published table with an OID as the catalog has it now, None if it is gone.
             waiting: see `Warehouse.acquire`.
             give_up: see `Warehouse.acquire`.
+            view: kept in step with its table.
         """
         self.warehouse = warehouse
         self.history = history
@@ -90,6 +93,7 @@ class Sink:
         self._live = live
         self._waiting = waiting
         self._give_up = give_up
+        self._view = view
         self._last_change: dict[int, int] = {}
 
     # Opening, and positions
@@ -141,6 +145,25 @@ class Sink:
         }
         return [".".join(name) for name in names if schema.folded(*name) in there - ours]
 
+    def show(self) -> str:
+        """Make the view, if its table is here already; return the new name of what had the view's, '' if nothing had.
+
+        Raises:
+            StateError: the name is that of a mirrored table.
+        """
+        view, aside = self._view, ""
+
+        def work() -> None:
+            nonlocal aside
+            if view is not None:
+                aside = make_room(self.warehouse, view, self.ledger.tables.values())
+                for table in self.ledger.tables.values():
+                    if table.copy_lsn is not None:
+                        refresh(self.warehouse, view, table)
+
+        self._alone(work)
+        return aside
+
     # The stream
 
     def apply(self, decoded: Decoded) -> None:
@@ -188,6 +211,7 @@ class Sink:
             try:
                 self.ledger.load()
             except duckdb.FatalException:  # after a failed checkpoint, say, the file has to be opened again
+                self.warehouse.dismiss()
                 self.warehouse.release()
 
     def set_aside(self, error: TableError) -> Table | None:
@@ -222,7 +246,10 @@ class Sink:
         if table.state != "streaming":
             self.ledger.append_buffer(table.oid, last_lsn, following, rows.to_ipc())
         if following:
+            before = table.columns
             table = self._follow(table, rows.relation, self._target(table), last_lsn)
+            if table.columns != before:
+                refresh(self.warehouse, self._view, table)
             self._change(table, self._target(table), rows, logged=True)
             self._last_change[table.oid] = int(rows.commit_ts[-1])
 
@@ -368,6 +395,7 @@ class Sink:
             self.ledger.clear_buffer(oid)
             self.warehouse.execute(f"DROP TABLE IF EXISTS {target}")
             self.warehouse.execute(f"ALTER TABLE {staging} RENAME TO {quote(old.name)}")
+            refresh(self.warehouse, self._view, new)
             self._replace_namesakes(new)
             self.ledger.record_files(self.history.settle())
 

@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from cdc.errors import SinkError, StateError, WarehouseBusy
 
-__all__ = ["ConsumerLock", "Warehouse", "explain", "no_space", "open_file", "open_for_reading", "quote"]
+__all__ = ["ConsumerLock", "Warehouse", "cannot_open", "explain", "is_held", "no_space", "open_file", "quote"]
 
 STORAGE_VERSION = "v1.5.0"
 """Files stay readable by DuckDB 1.5 tools; 2.0 would write a format that they cannot open."""
@@ -37,6 +37,8 @@ At most half of the memory: until a checkpoint, DuckDB cannot move long strings 
 
 POLL_S = 0.02
 """How often a held file is tried again."""
+
+_FAREWELL_S = 1.0
 
 
 def quote(*names: str) -> str:
@@ -63,6 +65,8 @@ class Warehouse:
         self.in_transaction = False
         self._committing = False
         self._interruption = threading.Lock()
+        self._door = threading.RLock()
+        self._guests: list[duckdb.DuckDBPyConnection] = []
         self._interrupted = False
 
     @property
@@ -124,8 +128,8 @@ class Warehouse:
             self._connection = open_file(self.path, config=self._config)
         except duckdb.IOException as error:
             reason = str(error).splitlines()[0]
-            if not _is_held(error):
-                raise _cannot_open(self.path, reason) from None
+            if not is_held(error):
+                raise cannot_open(self.path, reason) from None
             pid = re.search(r"PID (\d+)", reason)
             raise WarehouseBusy(
                 f"warehouse {self.path} is held by {'process ' + pid[1] if pid else 'another process'}",
@@ -133,7 +137,7 @@ class Warehouse:
                 int(pid[1]) if pid else None,
             ) from None
         except (duckdb.Error, OSError) as error:
-            raise _cannot_open(self.path, str(error).splitlines()[0]) from None
+            raise cannot_open(self.path, str(error).splitlines()[0]) from None
         self._connection.execute("SET TimeZone = 'UTC'")
         self._opened_at = time.monotonic()
 
@@ -148,12 +152,41 @@ class Warehouse:
             new.unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Close the file, so that others can open it. What is not committed is rolled back."""
-        if self._connection is not None:
-            self.rollback()
-            self._connection.close()
-            self._connection = None
-            self._left_at = self._written_at()
+        """Close the file, so that others can open it, unless a guest is there. What is not committed is rolled back."""
+        with self._door:
+            if self._connection is not None and not self._guests:
+                self.rollback()
+                self._connection.close()
+                self._connection = None
+                self._left_at = self._written_at()
+
+    @contextlib.contextmanager
+    def guest(self) -> Iterator[duckdb.DuckDBPyConnection | None]:
+        """Lend another thread a connection to the open file, and keep it open meanwhile; None: it is not held."""
+        with self._door:
+            lent = self._connection.cursor() if self._connection is not None else None
+            if lent is not None:
+                self._guests.append(lent)
+        try:
+            if lent is not None:
+                lent.execute("SET TimeZone = 'UTC'")
+            yield lent
+        finally:
+            with self._door:
+                if lent in self._guests:
+                    self._guests.remove(lent)
+                    lent.close()
+
+    def dismiss(self) -> None:
+        """Break off what guests do, so that the file can be closed."""
+        for lent in list(self._guests):
+            lent.interrupt()
+        deadline = time.monotonic() + _FAREWELL_S
+        while self._guests and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        with self._door:
+            while self._guests:
+                self._guests.pop().close()
 
     @property
     def touched(self) -> bool:
@@ -262,7 +295,7 @@ def open_file(path: Path, **options: Any) -> duckdb.DuckDBPyConnection:
         try:
             connection = duckdb.connect(str(path), **options)
         except duckdb.Error as error:
-            if _is_held(error) or _written(path) == before:
+            if is_held(error) or _written(path) == before:
                 raise
             continue
         if _written(path) == before:
@@ -270,7 +303,8 @@ def open_file(path: Path, **options: Any) -> duckdb.DuckDBPyConnection:
         connection.close()
 
 
-def _is_held(error: duckdb.Error) -> bool:
+def is_held(error: duckdb.Error) -> bool:
+    """Whether a file could not be opened because somebody else has it."""
     return "Could not set lock" in str(error)
 
 
@@ -282,38 +316,6 @@ def _written(path: Path) -> tuple[object, ...]:
     found = path.stat() if path.exists() else None
     log = path.with_name(path.name + ".wal").exists()  # until whoever writes is done
     return (found and (found.st_ino, found.st_size, found.st_mtime_ns), log)
-
-
-def open_for_reading(path: Path, patience_s: float) -> duckdb.DuckDBPyConnection:
-    """Open the warehouse read-only, waiting while its consumer writes.
-
-    Close it soon: meanwhile the consumer waits.
-
-    Raises:
-        SinkError: there is no warehouse, or it cannot be read.
-        WarehouseBusy: it was held for longer than `patience_s` seconds.
-    """
-    if not path.exists():
-        raise SinkError(
-            f"there is no warehouse {path} yet", "`cdc run` makes it; or set CDC_WAREHOUSE to the one you mean"
-        )
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            connection = open_file(path, read_only=True)
-        except duckdb.Error as error:
-            reason = str(error).splitlines()[0]
-            if not _is_held(error):
-                raise _cannot_open(path, reason) from None
-            if time.monotonic() >= deadline:
-                raise WarehouseBusy(
-                    f"warehouse {path} has been held for {patience_s:.0f} s: {reason}",
-                    "the consumer is busy catching up, or another program has the file open; try again later",
-                ) from None
-            time.sleep(POLL_S)
-        else:
-            connection.execute("SET TimeZone = 'UTC'")
-            return connection
 
 
 def explain(error: duckdb.Error) -> SinkError:
@@ -335,7 +337,8 @@ def no_space(reason: str) -> bool:
     )
 
 
-def _cannot_open(path: Path, reason: str) -> SinkError:
+def cannot_open(path: Path, reason: str) -> SinkError:
+    """Return what the failure to open a DuckDB file means to the user."""
     if no_space(reason):
         return SinkError(f"warehouse {path} cannot be opened: {reason}", "free some space on the disk")
     if "newer" in reason or "version number" in reason:

@@ -1,0 +1,67 @@
+"""A view of one mirrored table in schema main, under a name that old queries know.
+
+Source: DuckDB refuses a view whose table has other columns than it had when the view was made, so it is made anew in
+the transaction that changes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from cdc.errors import StateError
+from cdc.sink.checkpoint import Table
+from cdc.sink.schema import folded
+from cdc.sink.warehouse import Warehouse, quote
+
+__all__ = ["View", "make_room", "refresh"]
+
+MARK = "managed by pg-duckdb-cdc"
+"""The comment on a view of ours."""
+
+_SCHEMA = "main"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class View:
+    """`name` shows the mirrored table `schema`.`table`."""
+
+    name: str
+    schema: str
+    table: str
+
+
+def make_room(warehouse: Warehouse, view: View, tables: Iterable[Table]) -> str:
+    """Rename a table or view that has the name of ours and that we did not make.
+
+    Returns:
+        its new name; '' if there was none.
+
+    Raises:
+        StateError: the name is that of one of the mirrored `tables`.
+    """
+    for table in tables:
+        if folded(table.schema, table.name) == folded(_SCHEMA, view.name):
+            raise StateError(f"view {view.name} would have the name of table {table}", "choose another CDC_VIEW")
+    here = f"database_name = current_database() AND schema_name = '{_SCHEMA}'"
+    found = warehouse.execute(
+        f"SELECT table_name, 'TABLE', NULL FROM duckdb_tables() WHERE {here} "
+        f"UNION ALL SELECT view_name, 'VIEW', comment FROM duckdb_views() WHERE {here}"
+    )
+    names = folded(*(name for name, _, _ in found))
+    for name, kind, comment in found:
+        if folded(name) == folded(view.name) and comment != MARK:
+            possible = (f"{name}_before_cdc{n}" for n in ("", *range(2, len(names) + 3)))
+            aside = next(each for each in possible if folded(each)[0] not in names)
+            warehouse.execute(f"ALTER {kind} {warehouse.name(_SCHEMA, name)} RENAME TO {quote(aside)}")
+            return aside
+    return ""
+
+
+def refresh(warehouse: Warehouse, view: View | None, table: Table) -> None:
+    """Make `view` anew, if `table` is the one that it shows; its columns are new, or it is."""
+    if view is not None and (view.schema, view.table) == (table.schema, table.name):
+        name = warehouse.name(_SCHEMA, view.name)
+        target = warehouse.name(table.schema, table.name)
+        warehouse.execute(f"CREATE OR REPLACE VIEW {name} AS SELECT * FROM {target}")
+        warehouse.execute(f"COMMENT ON VIEW {name} IS '{MARK}'")

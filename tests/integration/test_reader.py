@@ -1,0 +1,196 @@
+"""Questions to a warehouse that is held: the consumer answers them over its socket."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from cdc.sink.answers import Answers
+from cdc.sink.reader import socket_paths
+from cdc.sink.warehouse import Warehouse
+from tests.conftest import Database, Lake
+from tests.integration.refusals import refused
+from tests.mirror import PROGRAM, Consumer, mirror_once, run_cdc, until
+
+pg18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[Warehouse]:
+    """A warehouse that is held and answers, with a committed row in t and another that is not."""
+    warehouse = Warehouse(tmp_path / "w.duckdb", 200_000_000, 2)
+    warehouse.acquire()
+    warehouse.execute("CREATE TABLE t AS SELECT 1 AS i, 2.50::DECIMAL(5,2) AS d, 0.1::DOUBLE AS f, NULL::INTEGER AS n")
+    warehouse.begin()
+    warehouse.execute("INSERT INTO t VALUES (2, 0, 0, 0)")
+    answers = Answers(warehouse)
+    answers.start()
+    yield warehouse
+    answers.stop()
+    warehouse.release()
+    assert not warehouse.held
+    assert not any(path.exists() for path in socket_paths(warehouse.path))
+
+
+def query(warehouse: Path, sql: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Ask as a user does, in a process of its own."""
+    command = [*PROGRAM, "query", "--warehouse", str(warehouse), *options, sql]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=warehouse.parent)
+
+
+def test_what_is_committed_is_answered(held: Warehouse) -> None:
+    """L4: names that come twice, exact values, and nothing of the transaction that is open."""
+    done = query(held.path, "SELECT i, d, f, n, i FROM t", "--format", "json")
+    assert json.loads(done.stdout) == [{"i": 1, "d": "2.50", "f": 0.1, "n": None, "i_1": 1}]
+    assert query(held.path, "FROM t WHERE i > 5", "--format", "csv").stdout == "i,d,f,n\n"
+    assert held.in_transaction
+    held.commit()
+    assert query(held.path, "SELECT count(*) FROM t", "--format", "csv").stdout == "count_star()\n2\n"
+
+
+def test_many_rows_are_answered(held: Warehouse) -> None:
+    """They go through batch by batch."""
+    done = query(held.path, "SELECT i FROM range(300000) AS r(i)", "--format", "csv")
+    assert done.stdout.split() == ["i", *map(str, range(300000))]
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["held", "free"])
+@pytest.mark.parametrize(
+    "sql",
+    ["DELETE FROM t", "SELECT 1; DELETE FROM t", "COMMIT; DELETE FROM t", "SET memory_limit = '1MB'", "CHECKPOINT", ""],
+)
+def test_nothing_but_a_query_is_answered(held: Warehouse, sql: str, running: bool) -> None:
+    """The same whoever answers."""
+    held.rollback()
+    if not running:
+        held.release()
+    error, _ = refused(query(held.path, sql))
+    assert error.startswith("one query is answered")
+    held.acquire()
+    assert held.execute("SELECT i FROM t") == [(1,)]
+
+
+def test_queries_that_fail(held: Warehouse) -> None:
+    """At once, and after many rows; the next one is answered."""
+    error, hint = refused(query(held.path, "SELECT nothing FROM t"))
+    assert error.startswith("the query failed: Binder Error")
+    assert hint == "tables are named as in Postgres"
+    late = "SELECT CAST(CASE WHEN i = 250000 THEN 'x' ELSE '1' END AS INTEGER) FROM range(300000) AS r(i)"
+    refused(query(held.path, late))
+    error, _ = refused(query(held.path, "WITH d AS (DELETE FROM t RETURNING *) SELECT * FROM d"))
+    assert error.startswith("the query failed: ")
+    assert query(held.path, "SELECT i FROM t", "--format", "csv").stdout == "i\n1\n"
+
+
+def test_the_file_stays_as_long_as_somebody_asks(held: Warehouse) -> None:
+    """A client that is there keeps the file open; one that says nothing does so until it leaves."""
+    held.rollback()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(next(path for path in socket_paths(held.path) if path.exists())))
+        assert client.recv(1) == b"R"
+        held.release()
+        assert held.held
+        held.begin()
+        held.execute("INSERT INTO t VALUES (3, 0, 0, 0)")
+        held.commit()
+
+    def free() -> bool:
+        held.release()
+        return not held.held
+
+    until(free, 10)
+    assert query(held.path, "SELECT max(i) FROM t", "--format", "csv").stdout == "max(i)\n3\n"
+
+
+def test_an_end_in_the_middle_of_a_query(tmp_path: Path) -> None:
+    """J21: a consumer that is told to stop breaks the query off; its client is told so."""
+    warehouse = Warehouse(tmp_path / "w.duckdb", 200_000_000, 2)
+    warehouse.acquire()
+    answers = Answers(warehouse)
+    answers.start()
+    done: list[subprocess.CompletedProcess[str]] = []
+    endless = "SELECT sum(a.i * b.i) FROM range(1000000000) AS a(i), range(1000000000) AS b(i)"
+    client = threading.Thread(target=lambda: done.append(query(warehouse.path, endless)))
+    client.start()
+    until(lambda: warehouse._guests, 20)
+    time.sleep(0.5)
+    answers.stop()
+    warehouse.release()
+    assert not warehouse.held
+    client.join(30)
+    refused(done[0])
+
+
+def test_a_folder_whose_name_is_too_long_for_a_socket(tmp_path: Path) -> None:
+    """The address of a socket has room for about a hundred bytes."""
+    folder = tmp_path / ("long" * 25)
+    warehouse = Warehouse(folder / "w.duckdb", 200_000_000, 2)
+    warehouse.acquire()
+    answers = Answers(warehouse)
+    answers.start()
+    try:
+        assert query(warehouse.path, "SELECT 7", "--format", "csv").stdout == "7\n7\n"
+    finally:
+        answers.stop()
+        warehouse.release()
+
+
+def test_a_socket_of_somebody_who_was_killed(held: Warehouse) -> None:
+    """Its file is still there: the next consumer takes its place, and until then a question waits for the file."""
+    held.rollback()
+    path = held.path.with_name("other.duckdb")
+    program = (
+        "import sys; from pathlib import Path; from cdc.sink.warehouse import Warehouse; import os, signal\n"
+        "from cdc.sink.answers import Answers\n"
+        "w = Warehouse(Path(sys.argv[1]), 200_000_000, 1); w.acquire(); Answers(w).start()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(path)], check=False, timeout=30)
+    assert any(each.exists() for each in socket_paths(path))
+    assert query(path, "SELECT 7", "--format", "csv").stdout == "7\n7\n"
+    warehouse = Warehouse(path, 200_000_000, 1)
+    warehouse.acquire()
+    answers = Answers(warehouse)
+    answers.start()
+    assert query(path, "SELECT 8", "--format", "csv").stdout == "8\n8\n"
+    answers.stop()
+    warehouse.release()
+
+
+@pg18
+def test_answers_under_backlog(database: Database, lake: Lake) -> None:
+    """`query` and `status` while the consumer has thousands of batches before it, and holds the file."""
+    rows = 4000
+    database.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    mirror_once(lake, database.dsn)
+    database.execute(f"DO 'BEGIN FOR i IN 1..{rows} LOOP INSERT INTO t VALUES (i); COMMIT; END LOOP; END'")
+    counts: list[int] = []
+    locked = 0
+    with Consumer(lake, database.dsn, flush_rows="1") as consumer:
+        until(lambda: "streaming" in consumer.output)
+        for _ in range(4):
+            try:
+                duckdb.connect(str(lake.warehouse), read_only=True).close()
+            except duckdb.IOException:
+                locked += 1
+            done = run_cdc(lake, database.dsn, "query", "--format", "csv", "SELECT count(*) FROM public.t")
+            assert done.returncode == 0, done.stderr
+            counts.append(int(done.stdout.split()[-1]))
+            done = run_cdc(lake, database.dsn, "status", "--json")
+            assert done.returncode == 0, done.stderr
+            (table,) = json.loads(done.stdout)["tables"]
+            counts.append(table["rows"])
+        assert consumer.running
+        consumer.kill()
+    assert counts == sorted(counts)
+    assert 0 < counts[-1] < rows
+    assert locked >= 2, "the file was free most of the time"
