@@ -19,7 +19,8 @@ import pytest
 from hypothesis import settings
 from psycopg import sql
 
-from cdc.demo import EmbeddedServer, installations
+from cdc.embedded import EmbeddedServer
+from cdc.installation import installations
 
 # 18 comes with the extra `dev`, so it has to be there; 15, the oldest that is supported, is tested where it is found
 REQUIRED_MAJOR = 18

@@ -23,7 +23,6 @@ import duckdb
 import psycopg
 import pytest
 
-from cdc.demo import BALANCES
 from cdc.sink.warehouse import open_file
 from tests.conftest import Database, Lake
 from tests.crash.remains import Remains, glob, remains
@@ -49,6 +48,13 @@ POINTS = (
     "before_ack",
     "after_ack",
 )
+BALANCES = """
+SELECT (SELECT sum(abalance) FROM public.pgbench_accounts) AS accounts,
+       (SELECT sum(bbalance) FROM public.pgbench_branches) AS branches,
+       (SELECT sum(tbalance) FROM public.pgbench_tellers) AS tellers,
+       (SELECT sum(delta) FROM public.pgbench_history) AS history
+"""
+"""TPC-B's invariant: four sums that are equal after every transaction."""
 KEYS = {"accounts": ["aid"], "branches": ["bid"], "tellers": ["tid"], "history": []}
 SMALL_BATCHES = {"flush_interval": "200ms", "flush_rows": "300"}
 

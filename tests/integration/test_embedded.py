@@ -13,13 +13,14 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from cdc.demo import EmbeddedServer, installations
+from cdc.embedded import EmbeddedServer
 from cdc.errors import SourceError
+from cdc.installation import installations
 from tests.conftest import REQUIRED_MAJOR, Database, Lake, _drop
 
 OWNER = """
 import sys
-from cdc.demo import EmbeddedServer
+from cdc.embedded import EmbeddedServer
 server = EmbeddedServer()
 server.start()
 print(server.dsn(), server.data, flush=True)

@@ -9,8 +9,9 @@ from typing import cast
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from cdc.demo import EmbeddedServer, installations
+from cdc.embedded import EmbeddedServer
 from cdc.errors import SourceError
+from cdc.installation import installations
 from cdc.source import preflight, publication
 from cdc.source.connection import Connection, connect
 from cdc.source.preflight import Expected, Finding

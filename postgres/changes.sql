@@ -1,0 +1,1 @@
+../cdc/changes.sql
