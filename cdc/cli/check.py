@@ -16,7 +16,7 @@ from cdc.sink.checkpoint import Checkpoint
 from cdc.sink.reader import reading, rows
 from cdc.source import slot
 from cdc.source.connection import Connection, connect, connect_replication
-from cdc.source.preflight import Expected, Finding, findings
+from cdc.source.preflight import Expected, Finding, findings, notes
 from cdc.startup import refuse
 
 __all__ = ["check"]
@@ -27,19 +27,31 @@ PATIENCE_S = 10.0
 @click.command()
 @with_settings("dsn", "warehouse", "history", "slot", "publication", "tables")
 def check(settings: Settings) -> None:
-    """Look for everything that would stop the consumer or do harm, each with what puts it right.
+    r"""Look for everything that would stop the consumer or do harm, each with what puts it right.
+
+    Settings and free places of the server, rights, publications, tables without a key, other slots that hold WAL, and
+    whether warehouse and history can be written. Notes are good to know, and no findings.
 
     Exit status 0: nothing found; 3: something was.
+
+    \b
+    Examples:
+      cdc check --dsn postgresql://cdc@db.example.com/shop
+      cdc check --tables "public.*"
     """
     found = list(_paths(settings))
+    expected = Expected(settings.slot, settings.publication, settings.tables)
     with connect(settings.dsn) as connection:
-        found += findings(connection, Expected(settings.slot, settings.publication, settings.tables))
+        found += findings(connection, expected)
+        known = notes(connection, expected)
         if not any(finding.level == "error" for finding in found):
             found += _warehouse(settings, connection)
     for finding in found:
         click.echo(f"{finding.level}: {finding.message}")
         if finding.hint:
             click.echo(f"  {finding.hint}")
+    for note in known:
+        click.echo(f"note: {note}")
     if found:
         sys.exit(3)
     click.echo("nothing stands in the way")

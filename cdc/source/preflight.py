@@ -16,7 +16,7 @@ from cdc.source import catalog, publication, slot
 from cdc.source.catalog import TableDefinition
 from cdc.source.connection import Connection, translated
 
-__all__ = ["MINIMUM_VERSION", "Expected", "Finding", "findings", "require"]
+__all__ = ["MINIMUM_VERSION", "Expected", "Finding", "findings", "notes", "require"]
 
 MINIMUM_VERSION = 15
 
@@ -70,6 +70,32 @@ def require(connection: Connection, expected: Expected, *, rights: bool = True) 
     for finding in _essentials(connection, expected, rights=rights):
         if finding.level == "error":
             raise SourceError(finding.message, finding.hint)
+
+
+def notes(connection: Connection, expected: Expected) -> list[str]:
+    """Return what is good to know: what each publication holds, and whether an absent consumer can fill the disk.
+
+    Raises:
+        ConnectionLost, SourceError: the catalog cannot be read.
+    """
+    if _major(connection) < MINIMUM_VERSION:
+        return []
+    names = (expected.publication, publication.append_name(expected.publication))
+    held: dict[str, list[str]] = {}
+    for table in catalog.published(connection, names):
+        held.setdefault(table.publication, []).append(str(table))
+    found = [f"publication {name} publishes {_some(held[name])}" for name in names if name in held]
+    (limit,) = _row(connection, "SELECT current_setting('max_slot_wal_keep_size')")
+    if limit == "-1":
+        found.append(
+            "max_slot_wal_keep_size is not set: the server keeps WAL for an absent consumer until the disk is full; "
+            "ALTER SYSTEM SET max_slot_wal_keep_size = '10GB' (or so) bounds it"
+        )
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 10 else f"{len(names)} tables: {', '.join(names[:10])}, ..."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
