@@ -148,7 +148,7 @@ def reconcile(
     known_by_oid = {table.oid: table for table in known}
     where: dict[int, set[str]] = {}
     for there in published:
-        where.setdefault(there.oid, set()).add(there.publication)
+        where.setdefault(there.oid, set()).add(f"{there.publication}:{there.entry}")
     for there in {table.oid: table for table in published}.values():
         table = known_by_oid.get(there.oid)
         names = ",".join(sorted(where[there.oid]))
@@ -160,8 +160,8 @@ def reconcile(
             begins = dataclasses.replace(table, schema=there.schema, name=there.name, state="pending", reason="")
             changed.append(dataclasses.replace(begins, publication=names))
         elif table.publication != names:
-            # Until it was moved here, some of its changes were not in the stream.
-            moved = dataclasses.replace(table, publication=names, reason="moved to another publication")
+            # Before it came here, some of its changes were not in the stream, or not with these columns or this filter.
+            moved = dataclasses.replace(table, publication=names, reason="published in another way")
             state: State = "resyncing" if table.state in ("streaming", "resyncing") else "pending"
             changed.append(moved if table.state == "error" else dataclasses.replace(moved, state=state))
     if not gone:

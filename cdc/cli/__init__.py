@@ -19,6 +19,7 @@ from cdc.cli.resync import resync
 from cdc.cli.run import run
 from cdc.cli.setup import setup
 from cdc.cli.status import status
+from cdc.cli.tail import tail
 from cdc.cli.teardown import teardown
 from cdc.errors import CdcError
 
@@ -49,8 +50,10 @@ def cdc(debug: bool) -> None:
     click.get_current_context().obj = debug
 
 
-for command in (demo, setup, check, run, status, query, resync, teardown):
+for command in (demo, setup, check, run, status, query, tail, resync, teardown):
     command.context_settings.setdefault("help_option_names", ["-h", "--help"])
+    # click's mark for lines that stay as they are, which a raw docstring spells out
+    command.help = (command.help or "").replace("\\b\n", "\b\n")
     cdc.add_command(command)
 
 

@@ -104,7 +104,8 @@ class Table:
         relfilenode: the storage of the table (and its partitions) at the copy, as text; '': unknown since a TRUNCATE.
         copy_lsn: the L of its copy: what was committed before is in the copy, what was committed from there on is not.
         deletes: hard or soft, as it was when the table was copied.
-        publication: where it is published: in the first of ours, or the second, which has no updates and deletes.
+        publication: by which entries of which publications it is published (`PublishedTable.entry`); as these change,
+            so does what comes of it in the stream.
     """
 
     oid: int

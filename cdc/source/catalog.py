@@ -82,6 +82,8 @@ class PublishedTable:
 
     Attributes:
         columns: names of what is published, in the order of attnum.
+        entry: OID of the row by which it is: of pg_publication_rel, pg_publication_namespace, or pg_publication. A
+            table that was taken out and put in again, with other columns or another filter, say, has another one.
     """
 
     oid: int
@@ -89,6 +91,7 @@ class PublishedTable:
     name: str
     columns: tuple[str, ...]
     publication: str
+    entry: int
 
     def __str__(self) -> str:
         return f"{self.schema}.{self.name}"
@@ -152,24 +155,26 @@ _PUBLISHED = """
         SELECT p.oid, p.pubname, p.puballtables, p.pubviaroot, {generated} AS generated
         FROM pg_catalog.pg_publication AS p WHERE p.pubname = ANY (%s)
     ), named AS MATERIALIZED (
-        SELECT w.oid AS publication, r.prrelid AS relation, r.prattrs AS attnums
+        SELECT w.oid AS publication, r.prrelid AS relation, r.prattrs AS attnums, r.oid AS entry
         FROM wanted AS w JOIN pg_catalog.pg_publication_rel AS r ON r.prpubid = w.oid
         WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_publication_namespace AS s
                           JOIN pg_catalog.pg_class AS c ON c.relnamespace = s.pnnspid
                           WHERE s.pnpubid = w.oid AND c.oid = r.prrelid)
         UNION ALL
-        SELECT w.oid, c.oid, NULL
+        SELECT w.oid, c.oid, NULL,
+               coalesce((SELECT s.oid FROM pg_catalog.pg_publication_namespace AS s
+                         WHERE s.pnpubid = w.oid AND s.pnnspid = c.relnamespace), w.oid)
         FROM wanted AS w JOIN pg_catalog.pg_class AS c ON c.relpersistence = 'p' AND c.oid >= 16384
         WHERE c.relkind IN ('r', 'p')
           AND (w.puballtables OR EXISTS (SELECT FROM pg_catalog.pg_publication_namespace AS s
                                          WHERE s.pnpubid = w.oid AND s.pnnspid = c.relnamespace))
     ), below AS (
-        SELECT n.publication, i.inhrelid AS relation
+        SELECT n.publication, i.inhrelid AS relation, n.entry
         FROM named AS n
         JOIN pg_catalog.pg_class AS c ON c.oid = n.relation AND c.relkind = 'p'
         JOIN pg_catalog.pg_inherits AS i ON i.inhparent = c.oid AND NOT i.inhdetachpending
         UNION
-        SELECT b.publication, i.inhrelid
+        SELECT b.publication, i.inhrelid, b.entry
         FROM below AS b
         JOIN pg_catalog.pg_class AS c ON c.oid = b.relation AND c.relkind = 'p'
         JOIN pg_catalog.pg_inherits AS i ON i.inhparent = c.oid AND NOT i.inhdetachpending
@@ -179,7 +184,9 @@ _PUBLISHED = """
                  WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
                    AND CASE WHEN n.attnums IS NOT NULL THEN a.attnum = ANY (n.attnums::int2[])
                             ELSE a.attgenerated IN ('', w.generated::"char") END
-                 ORDER BY a.attnum)
+                 ORDER BY a.attnum),
+           coalesce(n.entry, (SELECT min(b.entry) FROM below AS b
+                              WHERE (b.publication, b.relation) = (p.publication, p.relation)))::int8
     FROM (SELECT publication, relation FROM named UNION SELECT publication, relation FROM below) AS p
     JOIN wanted AS w ON w.oid = p.publication
     JOIN pg_catalog.pg_class AS c ON c.oid = p.relation
@@ -256,8 +263,8 @@ def published(connection: Connection, names: Sequence[str]) -> list[PublishedTab
     with translated("read what is published"):
         rows = connection.execute(sql.SQL(_PUBLISHED).format(generated=sql.SQL(generated)), [list(names)]).fetchall()
     return [
-        PublishedTable(oid=oid, schema=schema, name=name, columns=tuple(columns), publication=publication)
-        for oid, schema, name, publication, columns in rows
+        PublishedTable(oid, schema, name, tuple(columns), publication, entry)
+        for oid, schema, name, publication, columns, entry in rows
     ]
 
 

@@ -156,8 +156,10 @@ def identify(pgconn: abc.PGconn) -> System:
     )
 
 
-def create(pgconn: abc.PGconn, name: str, waiting: Callable[[float], None] | None = None) -> int:
-    """Create a lasting slot and return its consistent point.
+def create(
+    pgconn: abc.PGconn, name: str, waiting: Callable[[float], None] | None = None, *, temporary: bool = False
+) -> int:
+    """Create a slot and return its consistent point.
 
     It waits for every transaction that writes, in every database of the server.
 
@@ -165,12 +167,14 @@ def create(pgconn: abc.PGconn, name: str, waiting: Callable[[float], None] | Non
         pgconn: a replication session.
         name: of the slot.
         waiting: called about once a second with the seconds waited; if it raises, the creation is cancelled.
+        temporary: it lives as long as `pgconn`, which alone can use it.
 
     Raises:
         ConnectionLost, SourceError: the server refused, for example because the name is taken (SQLSTATE 42710) or all
             slots are (53400).
     """
-    row = execute(pgconn, f"CREATE_REPLICATION_SLOT {_quoted(name)} LOGICAL pgoutput (SNAPSHOT 'nothing')", waiting)[0]
+    kind = "TEMPORARY LOGICAL" if temporary else "LOGICAL"
+    row = execute(pgconn, f"CREATE_REPLICATION_SLOT {_quoted(name)} {kind} pgoutput (SNAPSHOT 'nothing')", waiting)[0]
     return parse_lsn(row["consistent_point"] or "")
 
 

@@ -19,7 +19,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import psycopg
 from psycopg import pq
@@ -94,7 +94,7 @@ class Receiver(threading.Thread):
 
         Args:
             dsn: URL or conninfo of the source.
-            slot: an existing logical slot of plugin pgoutput.
+            slot: a logical slot of plugin pgoutput, which exists by the time of START_REPLICATION.
             publications: names, as they are.
             start_lsn: the checkpoint: everything before it is durable, and is confirmed as such.
             limits: where batches end.
@@ -158,24 +158,22 @@ class Receiver(threading.Thread):
         if self.ident is None:
             self._close()
 
-    def connect(self) -> None:
+    def connect(self, make_slot: Callable[[abc.PGconn], object] | None = None) -> None:
         """Connect and start the stream, in the caller's thread.
+
+        Args:
+            make_slot: makes a temporary slot on this connection, the only one that can use it.
 
         Raises:
             ConnectionLost: the server cannot be reached, or the slot is in use.
             StateError: the slot is missing, or has lost what it retained.
-            SourceError: the server refuses.
+            SourceError: the server refuses, or what `make_slot` raises.
         """
         pgconn = connect_replication(self._dsn)
         try:
-            rows = execute(pgconn, "SELECT setting FROM pg_settings WHERE name = 'wal_sender_timeout'")
-            self._feedback.sender_timeout_s = int(rows[0]["setting"] or 0) / 1000
-            pgconn.notice_handler = self._on_notice
-            run_command(pgconn, self._start_command())
-            pgconn.nonblocking = 1
-        except SourceError as error:
-            pgconn.finish()
-            raise start_error(error, self._slot) from error
+            if make_slot is not None:
+                make_slot(pgconn)
+            self._begin(pgconn)
         except BaseException:
             pgconn.finish()
             raise
@@ -360,6 +358,16 @@ class Receiver(threading.Thread):
             self._pgconn.finish()
         for each in self._wake_sockets or ():
             each.close()
+
+    def _begin(self, pgconn: abc.PGconn) -> None:
+        try:
+            rows = execute(pgconn, "SELECT setting FROM pg_settings WHERE name = 'wal_sender_timeout'")
+            self._feedback.sender_timeout_s = int(rows[0]["setting"] or 0) / 1000
+            pgconn.notice_handler = self._on_notice
+            run_command(pgconn, self._start_command())
+            pgconn.nonblocking = 1
+        except SourceError as error:
+            raise start_error(error, self._slot) from error
 
     def _start_command(self) -> str:
         names = ",".join('"' + name.replace('"', '""') + '"' for name in self._publications).replace("'", "''")

@@ -91,7 +91,7 @@ def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
                 assert all(f"  {command} " in said.out for command in cdc.commands)
             if name == "run":
                 assert all(f"[CDC_{setting.upper()}]" in said.out for setting in Settings.model_fields)
-    promised = {"demo", "setup", "check", "run", "status", "query", "resync", "teardown"}
+    promised = {"demo", "setup", "check", "run", "status", "query", "tail", "resync", "teardown"}
     assert promised <= set(cdc.commands)
 
 
