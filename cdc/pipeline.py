@@ -164,7 +164,8 @@ class Pipeline:
         self._take_marks()
         copies = Copies(self._settings, self._publications, self._sink, self._observer, self._waiting_for_slot)
         self._copies = copies
-        watcher = Watcher(self._settings.dsn, self._publications, self._settings.tables)
+        settings = self._settings
+        watcher = Watcher(settings.dsn, self._publications, settings.tables, settings.exclude)
         try:
             self._connect()
             self._observer.event(

@@ -109,6 +109,9 @@ class Settings(BaseSettings):
     tables: Annotated[
         Names, Field(description="schema.table names or patterns, by comma; empty: every user table")
     ] = ()
+    exclude: Annotated[
+        Names, Field(description="schema.table.column names, by comma, of columns that never leave Postgres")
+    ] = ()
     flush_interval: Annotated[Duration, Field(gt=0, le=3600, description="longest time that a batch is collected")] = (
         1.0
     )

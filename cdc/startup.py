@@ -67,7 +67,7 @@ def prepare(
     with connect(settings.dsn) as connection:
         # Later on, one table that may not be read is put aside when its copy fails: the others can go on.
         begins = fresh or not settings.warehouse.exists()
-        expected = Expected(settings.slot, settings.publication, settings.tables)
+        expected = Expected(settings.slot, settings.publication, settings.tables, settings.exclude)
         preflight.require(connection, expected, rights=begins)
         replication = connect_replication(settings.dsn)
         try:
@@ -86,6 +86,13 @@ def prepare(
                     checkpoint = sink.open()
                     refuse(settings, checkpoint, system, found)
                 _check_deletes(settings, sink)
+            publication.refuse_exclusion(
+                connection,
+                settings.publication,
+                settings.tables,
+                settings.exclude,
+                strict=fresh or checkpoint is None,
+            )
             publications = _publish(connection, settings, once=once)
             published = catalog.published(connection, publications)
             _check_key(settings, connection, published)
@@ -125,12 +132,12 @@ def check(settings: Settings, checkpoint: Checkpoint | None) -> None:
 
 def _publish(connection: Connection, settings: Settings, *, once: bool) -> tuple[str, ...]:
     try:
-        return publication.ensure(connection, settings.publication, settings.tables)
+        return publication.ensure(connection, settings.publication, settings.tables, settings.exclude)
     except SourceError as error:
         # Somebody alters a new table: no reason to keep the others waiting, unless there is no publication yet.
         if error.sqlstate != "55P03" or once or publication.is_ours(connection, settings.publication) is None:
             raise
-    return publication.plan(connection, settings.publication, settings.tables).names
+    return publication.plan(connection, settings.publication, settings.tables, settings.exclude).names
 
 
 def reconcile(

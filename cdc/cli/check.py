@@ -10,11 +10,11 @@ from pathlib import Path
 import click
 
 from cdc.cli.options import with_settings
-from cdc.errors import CdcError, WarehouseBusy
+from cdc.errors import CdcError, SettingsError, WarehouseBusy
 from cdc.settings import Settings
 from cdc.sink.checkpoint import Checkpoint
 from cdc.sink.reader import reading, rows
-from cdc.source import slot
+from cdc.source import publication, slot
 from cdc.source.connection import Connection, connect, connect_replication
 from cdc.source.preflight import Expected, Finding, findings, notes
 from cdc.startup import refuse
@@ -25,7 +25,7 @@ PATIENCE_S = 10.0
 
 
 @click.command()
-@with_settings("dsn", "warehouse", "history", "slot", "publication", "tables")
+@with_settings("dsn", "warehouse", "history", "slot", "publication", "tables", "exclude")
 def check(settings: Settings) -> None:
     r"""Look for everything that would stop the consumer or do harm, each with what puts it right.
 
@@ -40,9 +40,10 @@ def check(settings: Settings) -> None:
       cdc check --tables "public.*"
     """
     found = list(_paths(settings))
-    expected = Expected(settings.slot, settings.publication, settings.tables)
+    expected = Expected(settings.slot, settings.publication, settings.tables, settings.exclude)
     with connect(settings.dsn) as connection:
         found += findings(connection, expected)
+        found += _excluded(settings, connection)
         known = notes(connection, expected)
         if not any(finding.level == "error" for finding in found):
             found += _warehouse(settings, connection)
@@ -69,6 +70,14 @@ def _warehouse(settings: Settings, connection: Connection) -> Iterator[Finding]:
     except WarehouseBusy as busy:
         yield Finding("warning", str(busy), busy.hint)
     except CdcError as error:
+        yield Finding("error", str(error), error.hint)
+
+
+def _excluded(settings: Settings, connection: Connection) -> Iterator[Finding]:
+    """Look whether CDC_EXCLUDE can be kept."""
+    try:
+        publication.refuse_exclusion(connection, settings.publication, settings.tables, settings.exclude, strict=True)
+    except SettingsError as error:
         yield Finding("error", str(error), error.hint)
 
 

@@ -22,7 +22,7 @@ __all__ = ["setup"]
     help="who runs the server",
 )
 @click.option("--apply", is_flag=True, help="run it now, as the role of CDC_DSN")
-@with_settings("dsn", "publication", "tables")
+@with_settings("dsn", "publication", "tables", "exclude")
 def setup(settings: Settings, role: str, service: str, apply: bool) -> None:
     r"""Print the SQL that the database's owner has to run once: settings, role, grants, publications.
 
@@ -33,7 +33,12 @@ def setup(settings: Settings, role: str, service: str, apply: bool) -> None:
     """
     with connect(settings.dsn) as connection:
         script = publication.setup_sql(
-            connection, settings.publication, settings.tables, role, "" if service == "own" else service
+            connection,
+            settings.publication,
+            settings.tables,
+            role,
+            "" if service == "own" else service,
+            settings.exclude,
         )
         if not apply:
             click.echo(script, nl=False)

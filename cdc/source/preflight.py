@@ -31,11 +31,13 @@ class Expected:
         slot: CDC_SLOT.
         publication: CDC_PUBLICATION.
         patterns: CDC_TABLES.
+        exclude: CDC_EXCLUDE.
     """
 
     slot: str
     publication: str
     patterns: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -217,7 +219,7 @@ def _publications(connection: Connection, expected: Expected) -> Iterator[Findin
         yield from _foreign(connection, expected.publication)
         return
     yield from _unmatched(connection, expected.patterns)
-    planned = publication.plan(connection, expected.publication, expected.patterns)
+    planned = publication.plan(connection, expected.publication, expected.patterns, expected.exclude)
     creates = planned.statements if ours is None else ()
     if creates and not _row(connection, "SELECT has_database_privilege(current_database(), 'CREATE')")[0]:
         yield Finding("error", f"publication {expected.publication} is missing, and we may not create it", _SETUP)
@@ -295,7 +297,7 @@ def _readables(connection: Connection, expected: Expected) -> list[_Readable]:
     published = catalog.published(connection, names)
     readables = [_Readable(table.oid, table.schema, table.name, table.columns) for table in published]
     if publication.is_ours(connection, expected.publication) is not False:
-        added = publication.plan(connection, expected.publication, expected.patterns).added
+        added = publication.plan(connection, expected.publication, expected.patterns, expected.exclude).added
         readables += [_Readable(t.oid, t.schema, t.name, tuple(a.name for a in t.attributes)) for t in added]
     return readables
 

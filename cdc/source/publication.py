@@ -13,16 +13,28 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from psycopg import sql
 
 from cdc.errors import ConnectionLost, SourceError
-from cdc.source import catalog
+from cdc.source import catalog, exclusion
 from cdc.source.catalog import TableDefinition
 from cdc.source.connection import Connection, translated
 
-__all__ = ["MARK", "Plan", "append_name", "drop", "ensure", "is_ours", "matches", "permitted", "plan", "setup_sql"]
+__all__ = [
+    "MARK",
+    "Plan",
+    "append_name",
+    "drop",
+    "ensure",
+    "is_ours",
+    "matches",
+    "permitted",
+    "plan",
+    "refuse_exclusion",
+    "setup_sql",
+]
 
 MARK = "managed by pg-duckdb-cdc"
 """The comment on a publication of ours."""
@@ -36,6 +48,9 @@ _ALL = "insert, update, delete, truncate"
 _APPEND = "insert, truncate"
 
 
+_Members = Mapping[int, frozenset[int] | None]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
     """What `ensure` does, or would do.
@@ -46,6 +61,7 @@ class Plan:
         gained: tables that move from the second publication to the first. Their updates and deletes were not in the
             stream until then: they have to be copied again.
         lost: tables that move from the first publication to the second, because their identity is not usable any more.
+        relisted: tables that are published with other columns from here on.
         statements: SQL, to be run in one transaction; empty if nothing is missing.
         creates: whether a publication is missing.
     """
@@ -54,21 +70,22 @@ class Plan:
     added: tuple[TableDefinition, ...] = ()
     gained: tuple[TableDefinition, ...] = ()
     lost: tuple[TableDefinition, ...] = ()
+    relisted: tuple[TableDefinition, ...] = ()
     statements: tuple[sql.Composed, ...] = ()
     creates: bool = False
 
     @property
     def changed(self) -> tuple[TableDefinition, ...]:
         """Tables that enter a publication or move."""
-        return (*self.added, *self.gained, *self.lost)
+        return (*self.added, *self.gained, *self.lost, *self.relisted)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Publication:
-    """One that exists; `members` are the OIDs of the tables that it lists."""
+    """One that exists; `members` are the tables that it lists: OID, and attnums of the columns (None: all)."""
 
     ours: bool
-    members: frozenset[int]
+    members: _Members
 
 
 def append_name(name: str) -> str:
@@ -82,8 +99,11 @@ def matches(table: TableDefinition, patterns: Sequence[str]) -> bool:
     return not patterns or any(pattern == name or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def plan(connection: Connection, name: str, patterns: Sequence[str]) -> Plan:
+def plan(connection: Connection, name: str, patterns: Sequence[str], exclude: Sequence[str] = ()) -> Plan:
     """Return what is missing for the tables that match `patterns`; change nothing.
+
+    Args:
+        exclude: CDC_EXCLUDE, see exclusion.py.
 
     Raises:
         SourceError: the second publication exists and is not ours, while the first is to be made by us.
@@ -99,16 +119,16 @@ def plan(connection: Connection, name: str, patterns: Sequence[str]) -> Plan:
             f"publication {append_name(name)} exists, and was not made by us",
             f"drop or rename it, or choose another CDC_PUBLICATION than {name}",
         )
-    listed = first.members if first else frozenset()
-    listed_append = second.members if second else frozenset()
+    listed = first.members if first else {}
+    listed_append = second.members if second else {}
     tables = {table.oid: table for table in catalog.user_tables(connection) if matches(table, patterns)}
     # What was listed once stays, whatever the patterns say now, in the publication that fits it.
-    tables |= catalog.definitions(connection, sorted((listed | listed_append) - tables.keys()))
+    tables |= catalog.definitions(connection, sorted((listed.keys() | listed_append.keys()) - tables.keys()))
     creates = [*([] if first else _create(name, _ALL)), *([] if second else _create(append_name(name), _APPEND))]
-    return _plan(name, creates, listed, listed_append, list(tables.values()))
+    return _plan(name, creates, (listed, listed_append), list(tables.values()), exclude)
 
 
-def ensure(connection: Connection, name: str, patterns: Sequence[str]) -> tuple[str, ...]:
+def ensure(connection: Connection, name: str, patterns: Sequence[str], exclude: Sequence[str] = ()) -> tuple[str, ...]:
     """Make the publications publish every table that matches `patterns`; return the names to subscribe to.
 
     Creates them if they are missing, adds tables, and moves a table whose identity has become usable or unusable from
@@ -122,6 +142,7 @@ def ensure(connection: Connection, name: str, patterns: Sequence[str]) -> tuple[
         connection: in autocommit mode.
         name: CDC_PUBLICATION.
         patterns: CDC_TABLES; empty: every user table.
+        exclude: CDC_EXCLUDE.
 
     Raises:
         ConnectionLost: the connection broke, or the tables' definitions keep changing.
@@ -129,12 +150,38 @@ def ensure(connection: Connection, name: str, patterns: Sequence[str]) -> tuple[
             `plan`.
     """
     for _ in range(_TRIES):
-        planned = plan(connection, name, patterns)
+        planned = plan(connection, name, patterns, exclude)
         if not planned.statements:
             return planned.names
-        if _apply(connection, name, planned) if planned.creates else _change(connection, name, planned):
+        change = _apply if planned.creates else _change
+        if change(connection, name, planned, exclude):
             return planned.names
     raise ConnectionLost(f"publication {name}: the tables' definitions change all the time", "try again in a moment")
+
+
+def refuse_exclusion(
+    connection: Connection, name: str, patterns: Sequence[str], exclude: Sequence[str], *, strict: bool
+) -> None:
+    """Refuse a CDC_EXCLUDE that cannot be kept, or would do harm; change nothing.
+
+    Args:
+        strict: see `exclusion.refuse`.
+
+    Raises:
+        SettingsError: see exclusion.py.
+        ConnectionLost, SourceError: the catalog cannot be read.
+    """
+    if not exclude:
+        return
+    names = (name, append_name(name))
+    existing = _read(connection, names)
+    if name in existing and not existing[name].ours:
+        exclusion.refuse_published(catalog.published(connection, names), exclude, name)
+        return
+    members = {oid for each in existing.values() for oid in each.members}
+    tables = {table.oid: table for table in catalog.user_tables(connection) if matches(table, patterns)}
+    tables |= catalog.definitions(connection, sorted(members - tables.keys()))
+    exclusion.refuse(tables.values(), exclude, strict=strict)
 
 
 def drop(connection: Connection, name: str) -> tuple[str, ...]:
@@ -184,7 +231,14 @@ def permitted(connection: Connection, name: str, tables: Sequence[TableDefinitio
     return [table for table in tables if table.oid in owned]
 
 
-def setup_sql(connection: Connection, name: str, patterns: Sequence[str], role: str, service: str = "") -> str:
+def setup_sql(
+    connection: Connection,
+    name: str,
+    patterns: Sequence[str],
+    role: str,
+    service: str = "",
+    exclude: Sequence[str] = (),
+) -> str:
     """Return the SQL that the database's owner has to run once, as a script with comments.
 
     Args:
@@ -193,11 +247,12 @@ def setup_sql(connection: Connection, name: str, patterns: Sequence[str], role: 
         patterns: CDC_TABLES.
         role: that the consumer will use.
         service: '' for a server of one's own, or rds, cloudsql, azure.
+        exclude: CDC_EXCLUDE.
 
     Raises:
         ConnectionLost, SourceError: as `plan`.
     """
-    planned = plan(connection, name, patterns)
+    planned = plan(connection, name, patterns, exclude)
     tables = [table for table in catalog.user_tables(connection) if matches(table, patterns)]
     lines = [
         *_settings_sql(connection, service),
@@ -217,43 +272,55 @@ def setup_sql(connection: Connection, name: str, patterns: Sequence[str], role: 
 def _plan(
     name: str,
     creates: list[sql.Composed],
-    listed: frozenset[int],
-    listed_append: frozenset[int],
+    listed: tuple[_Members, _Members],
     tables: list[TableDefinition],
+    exclude: Sequence[str],
 ) -> Plan:
-    usable = [table for table in tables if table.identity_usable]
-    unusable = [table for table in tables if not table.identity_usable]
-    lost = [table for table in unusable if table.oid in listed]
-    gained = [table for table in usable if table.oid in listed_append]
+    """Plan for `tables`; `listed`: what the first and the second publication hold now."""
+    usable = [table for table in tables if exclusion.fits(table, exclude)]
+    unusable = [table for table in tables if not exclusion.fits(table, exclude)]
+    first, second = listed
+    lost = [table for table in unusable if table.oid in first]
+    gained = [table for table in usable if table.oid in second]
+    relisted = [
+        [table for table in fitting if table.oid in members and members[table.oid] != _attnums(table, exclude)]
+        for fitting, members in ((usable, first), (unusable, second))
+    ]
     statements = [
         *creates,
-        *_alter(name, "DROP", lost),
-        *_alter(append_name(name), "ADD", [table for table in unusable if table.oid not in listed_append]),
-        *_alter(append_name(name), "DROP", gained),
-        *_alter(name, "ADD", [table for table in usable if table.oid not in listed]),
+        *_alter(name, "DROP", [*lost, *relisted[0]]),
+        *_alter(append_name(name), "DROP", [*gained, *relisted[1]]),
+        *_alter(append_name(name), "ADD", [t for t in unusable if t.oid not in second] + relisted[1], exclude),
+        *_alter(name, "ADD", [t for t in usable if t.oid not in first] + relisted[0], exclude),
     ]
     return Plan(
         names=(name, append_name(name)),
-        added=tuple(table for table in tables if table.oid not in listed | listed_append),
+        added=tuple(table for table in tables if table.oid not in first.keys() | second.keys()),
         gained=tuple(gained),
         lost=tuple(lost),
+        relisted=tuple(relisted[0] + relisted[1]),
         statements=tuple(statements),
         creates=bool(creates),
     )
 
 
-def _change(connection: Connection, name: str, planned: Plan) -> bool:
+def _attnums(table: TableDefinition, exclude: Sequence[str]) -> frozenset[int] | None:
+    columns = exclusion.listed(table, exclude)
+    return None if columns is None else frozenset(column.attnum for column in columns)
+
+
+def _change(connection: Connection, name: str, planned: Plan, exclude: Sequence[str]) -> bool:
     """Run the plan table by table, as far as our rights allow; whether each was done, or is not ours to do.
 
     Raises:
         SourceError: a table was locked for too long; the others have been seen to.
     """
     existing = _read(connection, planned.names)
-    listed, listed_append = (existing[each].members if each in existing else frozenset() for each in planned.names)
+    first, second = (existing[each].members if each in existing else {} for each in planned.names)
     done, locked = True, None
     for table in permitted(connection, name, planned.changed):
         try:
-            done &= _apply(connection, name, _plan(name, [], listed, listed_append, [table]))
+            done &= _apply(connection, name, _plan(name, [], (first, second), [table], exclude), exclude)
         except SourceError as error:
             if error.sqlstate != _LOCKED:
                 raise
@@ -263,14 +330,14 @@ def _change(connection: Connection, name: str, planned: Plan) -> bool:
     return done
 
 
-def _apply(connection: Connection, name: str, planned: Plan) -> bool:
+def _apply(connection: Connection, name: str, planned: Plan, exclude: Sequence[str]) -> bool:
     """Run the plan; whether the tables, now that they are locked, still are what it was made for."""
     with translated(f"publication {name}"), connection.transaction() as transaction:
         connection.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'".encode())
         for statement in planned.statements:
             connection.execute(statement)
         now = catalog.definitions(connection, [table.oid for table in planned.changed])
-        same = all(t.oid in now and now[t.oid].identity_usable == t.identity_usable for t in planned.changed)
+        same = all(t.oid in now and _standing(now[t.oid], exclude) == _standing(t, exclude) for t in planned.changed)
         if not same:
             transaction.force_rollback = True
     return same
@@ -286,13 +353,28 @@ def _create(name: str, publish: str) -> list[sql.Composed]:
     ]
 
 
-def _alter(name: str, action: str, tables: Iterable[TableDefinition]) -> list[sql.Composed]:
-    # ONLY: the children of a table (by inheritance) are tables of their own, which may not match.
-    listed = [sql.SQL("ONLY {}").format(_identifier(table)) for table in tables]
-    if not listed:
+def _standing(table: TableDefinition, exclude: Sequence[str]) -> tuple[bool, frozenset[int] | None]:
+    """Return what decides where and how `table` is published."""
+    return exclusion.fits(table, exclude), _attnums(table, exclude)
+
+
+def _alter(
+    name: str, action: str, tables: Iterable[TableDefinition], exclude: Sequence[str] = ()
+) -> list[sql.Composed]:
+    entries = [_entry(table, exclude if action == "ADD" else ()) for table in tables]
+    if not entries:
         return []
     change = sql.SQL(f"ALTER PUBLICATION {{}} {action} TABLE {{}}")
-    return [change.format(sql.Identifier(name), sql.SQL(", ").join(listed))]
+    return [change.format(sql.Identifier(name), sql.SQL(", ").join(entries))]
+
+
+def _entry(table: TableDefinition, exclude: Sequence[str]) -> sql.Composed:
+    # ONLY: the children of a table (by inheritance) are tables of their own, which may not match.
+    only = sql.SQL("ONLY {}").format(_identifier(table))
+    columns = exclusion.listed(table, exclude)
+    if columns is None:
+        return only
+    return sql.SQL("{} ({})").format(only, sql.SQL(", ").join(sql.Identifier(column.name) for column in columns))
 
 
 def _identifier(table: TableDefinition) -> sql.Identifier:
@@ -305,13 +387,17 @@ def _read(connection: Connection, names: Sequence[str]) -> dict[str, _Publicatio
         rows = connection.execute(
             """
             SELECT p.pubname::text, coalesce(d.description = %s, false),
-                   ARRAY(SELECT r.prrelid::int8 FROM pg_publication_rel AS r WHERE r.prpubid = p.oid)
+                   coalesce((SELECT json_agg(json_build_array(r.prrelid::int8, r.prattrs::int2[]))
+                             FROM pg_publication_rel AS r WHERE r.prpubid = p.oid), '[]')
             FROM pg_publication AS p
             LEFT JOIN pg_description AS d ON d.objoid = p.oid AND d.classoid = 6104 AND d.objsubid = 0
             WHERE p.pubname = ANY (%s)""",
             [MARK, list(names)],
         ).fetchall()
-    return {name: _Publication(ours, frozenset(members)) for name, ours, members in rows}
+    return {
+        name: _Publication(ours, {oid: None if attnums is None else frozenset(attnums) for oid, attnums in members})
+        for name, ours, members in rows
+    }
 
 
 def _settings_sql(connection: Connection, service: str) -> list[str]:

@@ -24,16 +24,18 @@ POLL_S = 5.0
 class Watcher:
     """Polls from `start` to `stop`."""
 
-    def __init__(self, dsn: str, publications: Sequence[str], patterns: Sequence[str]) -> None:
+    def __init__(self, dsn: str, publications: Sequence[str], patterns: Sequence[str], exclude: Sequence[str]) -> None:
         """Create one that does not poll yet.
 
         Args:
             publications: those that the stream is subscribed to; the first is CDC_PUBLICATION.
             patterns: CDC_TABLES.
+            exclude: CDC_EXCLUDE.
         """
         self._dsn = dsn
         self._publications = tuple(publications)
         self._patterns = tuple(patterns)
+        self._exclude = tuple(exclude)
         self._stopping = threading.Event()
         self._latest: list[PublishedTable] | None = None
         self._lock = threading.Lock()
@@ -61,7 +63,7 @@ class Watcher:
                 with connect(self._dsn) as connection:
                     # What cannot be added for a lock that an ALTER holds, say, the next poll tries again.
                     with contextlib.suppress(SourceError):
-                        publication.ensure(connection, self._publications[0], self._patterns)
+                        publication.ensure(connection, self._publications[0], self._patterns, self._exclude)
                     found = catalog.published(connection, self._publications)
             except CdcError:
                 # A restart: the next poll sees what this one did not.
