@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
+from pathlib import Path
 
 import duckdb
 import pytest
@@ -57,6 +59,23 @@ def warehouse(lake: Lake) -> Warehouse:
     warehouse = Warehouse(lake.warehouse, memory_bytes=512_000_000, threads=2)
     warehouse.acquire()
     return warehouse
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at the signals of a process by /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_is_being_loaded(lake: Lake, number: signal.Signals) -> None:
+    """J21: nothing is in hand yet, and the exit status is 0."""
+    with Consumer(lake, "host=127.0.0.1 port=1") as consumer:
+        status = Path(f"/proc/{consumer._process.pid}/status")
+
+        def caught() -> bool:
+            masks = dict(line.split(":", 1) for line in status.read_text().splitlines())
+            return bool(int(masks["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1)
+
+        until(caught, 20)
+        consumer._process.send_signal(number)
+        assert consumer.wait() == 0
+        assert consumer.output == ""
 
 
 def test_an_interruption_is_no_error_of_the_warehouse(warehouse: Warehouse, lake: Lake) -> None:

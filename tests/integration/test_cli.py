@@ -21,7 +21,8 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from cdc.cli import cdc, main
+from cdc.cli import main
+from cdc.cli.group import cdc
 from cdc.settings import Settings
 from tests.conftest import Database, Lake
 from tests.integration.copies import (

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cdc.cli import cdc
+from cdc.cli.group import cdc
 from cdc.embedded import EmbeddedServer
 from cdc.settings import PREDECESSOR, Settings
 from tests.conftest import Database
