@@ -123,10 +123,11 @@ class Pipeline:
         finally:
             if self._deadline is not None:
                 self._deadline.cancel()
-            self._answers.stop()
-            self._warehouse.release()
-            self._history.close()
-            self._lock.release()
+            with contextlib.ExitStack() as stack:  # each of them, whatever becomes of the others; from the last on
+                stack.callback(self._lock.release)
+                stack.callback(self._history.close)
+                stack.callback(self._warehouse.release)
+                stack.callback(self._answers.stop)
 
     @property
     def failed(self) -> list[Table]:

@@ -5,9 +5,10 @@ holds it, the consumer answers (`cdc/sink/answers.py`), over a Unix socket besid
 
     server   R: it holds the file, and keeps it until this connection ends
              F: it does not, so the file can be opened
-    client   length (u32, big endian), one SQL statement (UTF-8)
-    server   A, then an Arrow IPC stream; or E, length (u32), why not (UTF-8)
-    ...      the next statement, until the client has had enough
+    client   length (u32, big endian), one query (UTF-8)
+    server   A, an Arrow IPC stream, and D once it is whole; or E, length (u32), why not (UTF-8); or W: this one it
+             cannot answer while it holds the file
+    ...      the next query, until the client has had enough
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from io import BufferedRWPair
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import duckdb
 import pyarrow as pa
@@ -31,9 +31,24 @@ import pyarrow as pa
 from cdc.errors import CdcError, SinkError, WarehouseBusy
 from cdc.sink.warehouse import POLL_S, cannot_open, is_held, open_file
 
-__all__ = ["ANSWER", "ERROR", "FREE", "LENGTH", "READY", "Ask", "answer", "reading", "rows", "socket_paths"]
+__all__ = [
+    "ANSWER",
+    "DONE",
+    "ERROR",
+    "FREE",
+    "LENGTH",
+    "READY",
+    "SOCKET_TIMEOUT_S",
+    "WAIT",
+    "Ask",
+    "answer",
+    "failed",
+    "reading",
+    "rows",
+    "socket_paths",
+]
 
-READY, FREE, ANSWER, ERROR = b"R", b"F", b"A", b"E"
+READY, FREE, ANSWER, DONE, ERROR, WAIT = b"R", b"F", b"A", b"D", b"E", b"W"
 LENGTH = struct.Struct(">I")
 
 SOCKET_TIMEOUT_S = 300.0
@@ -42,15 +57,14 @@ SOCKET_TIMEOUT_S = 300.0
 _PATH_BYTES = 100  # a little less than what the address of a Unix socket has room for anywhere
 
 Ask = Callable[[str], pa.Table]
-"""Takes one SELECT (DESCRIBE, SHOW, EXPLAIN ...) and returns its rows, see `answer`."""
+"""Takes one query and returns its rows, see `answer`."""
 
-Stream = BufferedRWPair
+_NAME = "_cdc_answer"  # no table's, and no variable's
 
 _PLAIN = {"BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT"} | {
     "FLOAT",
     "DOUBLE",
 }
-_ALLOWED = ("SELECT", "EXPLAIN")
 
 
 def socket_paths(warehouse: Path) -> list[Path]:
@@ -72,8 +86,9 @@ def answer(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.RecordBatchRea
     """
     try:
         kinds = [statement.type.name for statement in connection.extract_statements(sql)]
-        if len(kinds) != 1 or kinds[0] not in _ALLOWED:
-            raise CdcError("one query is answered: SELECT, FROM, WITH, DESCRIBE, SHOW, SUMMARIZE or EXPLAIN")
+        if kinds != ["SELECT"]:
+            raise CdcError("one query is answered: SELECT, FROM, WITH, VALUES, DESCRIBE, SHOW or SUMMARIZE")
+        connection.execute("SET python_enable_replacements = false")  # or names would be variables of this program
         relation = connection.sql(sql)
         names = list(relation.columns)
         # By numbers: a name may come twice.
@@ -82,7 +97,7 @@ def answer(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.RecordBatchRea
             name if str(kind) in _PLAIN else f"CAST({name} AS VARCHAR)"
             for name, kind in zip(numbered, relation.types, strict=True)
         ]
-        chosen = relation.query("r", f"SELECT {', '.join(exact)} FROM r AS r({', '.join(numbered)})")
+        chosen = relation.query(_NAME, f"SELECT {', '.join(exact)} FROM {_NAME} AS r({', '.join(numbered)})")
         assert chosen is not None  # a SELECT
         found = chosen.to_arrow_reader()
     except duckdb.Error as error:
@@ -114,27 +129,40 @@ def reading(warehouse: Path, patience_s: float) -> Iterator[Ask]:
         SinkError: there is no warehouse, or it cannot be read.
         WarehouseBusy: it was held for longer, and whoever holds it does not answer.
     """
+    with contextlib.ExitStack() as stack:
+        answering = _first(warehouse, patience_s, stack)
+
+        def ask(sql: str) -> pa.Table:
+            nonlocal answering
+            try:
+                return answering(sql)
+            except _NotWhileHeld:
+                stack.close()  # or the consumer would keep the file open for us
+                answering = _first(warehouse, patience_s, stack, consumer=False)
+                return answering(sql)
+
+        yield ask
+
+
+def _first(warehouse: Path, patience_s: float, stack: contextlib.ExitStack, *, consumer: bool = True) -> Ask:
+    """Return whoever answers first: the file itself, or its consumer."""
     if not warehouse.exists():
         raise SinkError(
             f"there is no warehouse {warehouse} yet", "`cdc run` makes it; or set CDC_WAREHOUSE to the one you mean"
         )
     deadline = time.monotonic() + patience_s
     while True:
-        with contextlib.ExitStack() as stack:
-            try:
-                found = stack.enter_context(_opened(warehouse))
-            except duckdb.Error as error:
-                if not is_held(error):
-                    raise cannot_open(warehouse, str(error).splitlines()[0]) from None
-                consumer = stack.enter_context(_consumer(warehouse))
-                if consumer is None:
-                    if time.monotonic() >= deadline:
-                        raise _busy(warehouse, patience_s, error) from None
-                    time.sleep(POLL_S)
-                    continue
-                found = consumer
-            yield found
-            return
+        try:
+            return stack.enter_context(_opened(warehouse))
+        except duckdb.Error as error:
+            if not is_held(error):
+                raise cannot_open(warehouse, str(error).splitlines()[0]) from None
+            answering = _consumer(warehouse, stack) if consumer else None
+            if answering is not None:
+                return answering
+            if time.monotonic() >= deadline:
+                raise _busy(warehouse, patience_s, error) from None
+            time.sleep(POLL_S)
 
 
 def _busy(warehouse: Path, patience_s: float, error: duckdb.Error) -> WarehouseBusy:
@@ -161,41 +189,43 @@ def _whole(found: pa.RecordBatchReader) -> pa.Table:
         raise failed(error) from None
 
 
-@contextlib.contextmanager
-def _consumer(warehouse: Path) -> Iterator[Ask | None]:
-    """Yield what asks the consumer, None if there is none or it does not hold the file."""
-    with contextlib.ExitStack() as stack:
-        found = (_call(warehouse, path, stack) for path in socket_paths(warehouse))
-        stream = next((stream for stream in found if stream is not None), None)
-        yield None if stream is None else functools.partial(_ask, stream)
+class _NotWhileHeld(Exception):
+    """The consumer holds the file, and cannot answer this one meanwhile."""
 
 
-def _call(warehouse: Path, path: Path, stack: contextlib.ExitStack) -> Stream | None:
-    """Return a connection to the consumer behind the socket `path`, None unless it holds the file."""
-    try:
-        if path.stat().st_uid != warehouse.stat().st_uid:
-            return None  # only whoever owns the warehouse may speak for it
-        connection = stack.enter_context(socket.socket(socket.AF_UNIX))
-        connection.settimeout(SOCKET_TIMEOUT_S)
-        connection.connect(str(path))
-        stream = stack.enter_context(connection.makefile("rwb"))
-        return stream if stream.read(1) == READY else None
-    except OSError:
-        return None  # nobody listens there (any more)
+def _consumer(warehouse: Path, stack: contextlib.ExitStack) -> Ask | None:
+    """Return what asks the consumer, None if there is none or it does not hold the file; `stack` closes it."""
+    for path in socket_paths(warehouse):
+        try:
+            if path.stat().st_uid != warehouse.stat().st_uid:
+                continue  # only whoever owns the warehouse may speak for it
+            connection = stack.enter_context(socket.socket(socket.AF_UNIX))
+            connection.settimeout(SOCKET_TIMEOUT_S)
+            connection.connect(str(path))
+            stream = stack.enter_context(connection.makefile("rb"))
+            if stream.read(1) == READY:
+                return functools.partial(_ask, connection, stream)
+        except OSError:
+            continue  # nobody listens there (any more)
+    return None
 
 
-def _ask(stream: Stream, sql: str) -> pa.Table:
+def _ask(connection: socket.socket, stream: IO[bytes], sql: str) -> pa.Table:
     question = sql.encode()
     try:
-        stream.write(LENGTH.pack(len(question)) + question)
-        stream.flush()
+        connection.sendall(LENGTH.pack(len(question)) + question)
         kind = stream.read(1)
+        if kind == WAIT:
+            raise _NotWhileHeld
         if kind == ERROR:
             (length,) = LENGTH.unpack(stream.read(LENGTH.size))
             raise CdcError(stream.read(length).decode(), "tables are named as in Postgres")
         if kind != ANSWER:
-            raise EOFError("the consumer has ended")
+            raise EOFError("it has ended, or let go of the file")
         with pa.ipc.open_stream(stream) as answered:
-            return answered.read_all()
+            found = answered.read_all()
+        if stream.read(1) != DONE:
+            raise EOFError("the query failed on the way, or was broken off")
     except (OSError, EOFError, pa.ArrowException, struct.error) as error:
         raise CdcError(f"the consumer did not answer: {error}", "ask once more; is it still running?") from None
+    return found

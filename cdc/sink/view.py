@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
+import duckdb
+
 from cdc.errors import StateError
 from cdc.sink.checkpoint import Table
 from cdc.sink.schema import folded
@@ -53,7 +55,13 @@ def make_room(warehouse: Warehouse, view: View, tables: Iterable[Table]) -> str:
         if folded(name) == folded(view.name) and comment != MARK:
             possible = (f"{name}_before_cdc{n}" for n in ("", *range(2, len(names) + 3)))
             aside = next(each for each in possible if folded(each)[0] not in names)
-            warehouse.execute(f"ALTER {kind} {warehouse.name(_SCHEMA, name)} RENAME TO {quote(aside)}")
+            try:
+                warehouse.execute(f"ALTER {kind} {warehouse.name(_SCHEMA, name)} RENAME TO {quote(aside)}")
+            except duckdb.DependencyException as error:
+                raise StateError(
+                    f"{name} in the warehouse has the name of a view of ours and cannot be renamed: {error}",
+                    "drop its indexes, or what refers to it; or choose another CDC_VIEW (DUCKDB_TABLE)",
+                ) from None
             return aside
     return ""
 
@@ -61,6 +69,9 @@ def make_room(warehouse: Warehouse, view: View, tables: Iterable[Table]) -> str:
 def refresh(warehouse: Warehouse, view: View | None, table: Table) -> None:
     """Make `view` anew, if `table` is the one that it shows; its columns are new, or it is."""
     if view is not None and (view.schema, view.table) == (table.schema, table.name):
+        there = "SELECT 1 FROM duckdb_tables() WHERE schema_name = ? AND table_name = ?"
+        if not warehouse.execute(there, [table.schema, table.name]):
+            return  # somebody has dropped it, or it comes under another name: with its next copy
         name = warehouse.name(_SCHEMA, view.name)
         target = warehouse.name(table.schema, table.name)
         warehouse.execute(f"CREATE OR REPLACE VIEW {name} AS SELECT * FROM {target}")

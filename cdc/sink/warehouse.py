@@ -40,6 +40,9 @@ POLL_S = 0.02
 
 _FAREWELL_S = 1.0
 
+_GUESTS_S = 10.0
+"""A file that was held for so long admits no further guests: who comes is to find it free."""
+
 
 def quote(*names: str) -> str:
     """Return `names` as one SQL identifier, dotted and quoted."""
@@ -67,6 +70,8 @@ class Warehouse:
         self._interruption = threading.Lock()
         self._door = threading.RLock()
         self._guests: list[duckdb.DuckDBPyConnection] = []
+        self._dismissed = False
+        self._left_at = 0
         self._interrupted = False
 
     @property
@@ -156,16 +161,21 @@ class Warehouse:
         with self._door:
             if self._connection is not None and not self._guests:
                 self.rollback()
-                self._connection.close()
+                with contextlib.suppress(duckdb.OperationalError):  # a dismissed guest is where nothing breaks it off
+                    self._connection.close()
                 self._connection = None
                 self._left_at = self._written_at()
 
     @contextlib.contextmanager
     def guest(self) -> Iterator[duckdb.DuckDBPyConnection | None]:
-        """Lend another thread a connection to the open file, and keep it open meanwhile; None: it is not held."""
+        """Lend another thread a connection to the open file, and keep it open meanwhile.
+
+        None: it is not held; or for so long already that others have to get in first.
+        """
         with self._door:
-            lent = self._connection.cursor() if self._connection is not None else None
-            if lent is not None:
+            lent = None
+            if self._connection is not None and not self._dismissed and self.held_s < _GUESTS_S:
+                lent = self._connection.cursor()
                 self._guests.append(lent)
         try:
             if lent is not None:
@@ -175,18 +185,25 @@ class Warehouse:
             with self._door:
                 if lent in self._guests:
                     self._guests.remove(lent)
-                    lent.close()
+                    with contextlib.suppress(duckdb.Error):
+                        lent.close()
 
-    def dismiss(self) -> None:
-        """Break off what guests do, so that the file can be closed."""
-        for lent in list(self._guests):
-            lent.interrupt()
+    def dismiss(self, *, for_good: bool = False) -> None:
+        """Break off what guests do, so that the file can be closed; `for_good`: and admit nobody any more."""
+        with self._door:
+            self._dismissed = True
         deadline = time.monotonic() + _FAREWELL_S
         while self._guests and time.monotonic() < deadline:
+            for lent in list(self._guests):
+                with contextlib.suppress(duckdb.Error):  # it has just gone
+                    lent.interrupt()
             time.sleep(POLL_S)
         with self._door:
-            while self._guests:
-                self._guests.pop().close()
+            for lent in self._guests:
+                with contextlib.suppress(duckdb.Error):  # it is where nothing can break it off
+                    lent.close()
+            self._guests.clear()
+            self._dismissed = for_good
 
     @property
     def touched(self) -> bool:
@@ -313,9 +330,12 @@ def _written(path: Path) -> tuple[object, ...]:
 
     Without opening it: to close it again would drop the lock that this process may have.
     """
-    found = path.stat() if path.exists() else None
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return ()
     log = path.with_name(path.name + ".wal").exists()  # until whoever writes is done
-    return (found and (found.st_ino, found.st_size, found.st_mtime_ns), log)
+    return found.st_ino, found.st_size, found.st_mtime_ns, log
 
 
 def explain(error: duckdb.Error) -> SinkError:

@@ -14,12 +14,14 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from cdc.sink.answers import Answers
+from cdc.sink.answers import CLIENTS, Answers
 from cdc.sink.reader import socket_paths
 from cdc.sink.warehouse import Warehouse
 from tests.conftest import Database, Lake
 from tests.integration.refusals import refused
 from tests.mirror import PROGRAM, Consumer, mirror_once, run_cdc, until
+
+ENDLESS = "SELECT sum(a.i * b.i) FROM range(1000000000) AS a(i), range(1000000000) AS b(i)"
 
 pg18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 
@@ -66,7 +68,15 @@ def test_many_rows_are_answered(held: Warehouse) -> None:
 @pytest.mark.parametrize("running", [True, False], ids=["held", "free"])
 @pytest.mark.parametrize(
     "sql",
-    ["DELETE FROM t", "SELECT 1; DELETE FROM t", "COMMIT; DELETE FROM t", "SET memory_limit = '1MB'", "CHECKPOINT", ""],
+    [
+        "DELETE FROM t",
+        "SELECT 1; DELETE FROM t",
+        "COMMIT; DELETE FROM t",
+        "SET memory_limit = '1MB'",
+        "CHECKPOINT",
+        "EXPLAIN ANALYZE DELETE FROM t",
+        "",
+    ],
 )
 def test_nothing_but_a_query_is_answered(held: Warehouse, sql: str, running: bool) -> None:
     """The same whoever answers."""
@@ -84,8 +94,9 @@ def test_queries_that_fail(held: Warehouse) -> None:
     error, hint = refused(query(held.path, "SELECT nothing FROM t"))
     assert error.startswith("the query failed: Binder Error")
     assert hint == "tables are named as in Postgres"
-    late = "SELECT CAST(CASE WHEN i = 250000 THEN 'x' ELSE '1' END AS INTEGER) FROM range(300000) AS r(i)"
-    refused(query(held.path, late))
+    for rows in (300_000, 6_000_000):
+        late = f"SELECT CAST(CASE WHEN i = {rows // 2} THEN 'x' ELSE '1' END AS INTEGER) FROM range({rows}) AS r(i)"
+        refused(query(held.path, late))
     error, _ = refused(query(held.path, "WITH d AS (DELETE FROM t RETURNING *) SELECT * FROM d"))
     assert error.startswith("the query failed: ")
     assert query(held.path, "SELECT i FROM t", "--format", "csv").stdout == "i\n1\n"
@@ -111,6 +122,92 @@ def test_the_file_stays_as_long_as_somebody_asks(held: Warehouse) -> None:
     assert query(held.path, "SELECT max(i) FROM t", "--format", "csv").stdout == "max(i)\n3\n"
 
 
+def test_the_database_file_is_not_read_by_sql(held: Warehouse) -> None:
+    """To close it would drop the consumer's lock: who asks for that, or for any file, waits until it is free."""
+    held.rollback()
+    other = held.path.with_name("numbers.parquet")
+    held.execute(f"COPY (SELECT 7 AS n) TO '{other}'")
+    for sql, answer in (
+        (f"SELECT count(*) AS n FROM read_blob('{held.path}')", ""),
+        (f"SELECT n FROM '{other}'", "n\n7\n"),
+        (f"WITH a AS (SELECT (SELECT max(n) FROM read_parquet('{other}')) AS n) FROM a", "n\n7\n"),
+    ):
+        held.acquire()
+        done: list[subprocess.CompletedProcess[str]] = []
+        client = threading.Thread(
+            target=lambda sql=sql, done=done: done.append(query(held.path, sql, "--format", "csv"))
+        )
+        client.start()
+        client.join(2.5)
+        assert client.is_alive(), "it was answered while the file is held"
+        opens = "import duckdb, sys; duckdb.connect(sys.argv[1], read_only=True)"
+        locked = subprocess.run([sys.executable, "-c", opens, str(held.path)], capture_output=True, check=False)
+        assert b"Could not set lock" in locked.stderr
+        held.release()
+        client.join(30)
+        assert done[0].stdout == answer or not answer
+    held.acquire()
+
+
+def test_a_table_with_a_name_of_ours(held: Warehouse) -> None:
+    """Names in a question are those of the database, and of nothing in this program."""
+    held.rollback()
+    held.execute("CREATE TABLE r AS SELECT 5 AS only; CREATE TABLE main.rows AS SELECT 6 AS n")
+    assert query(held.path, "SELECT i, d FROM t", "--format", "csv").stdout == "i,d\n1,2.50\n"
+    assert query(held.path, "FROM r", "--format", "csv").stdout == "only\n5\n"
+    held.release()
+    error, _ = refused(query(held.path, "FROM names"))
+    assert "names" in error
+    held.acquire()
+
+
+def test_a_client_that_goes_away(held: Warehouse) -> None:
+    """Its query is broken off, so that the file can be let go of."""
+    held.rollback()
+    command = [*PROGRAM, "query", "--warehouse", str(held.path), ENDLESS]
+    client = subprocess.Popen(command, cwd=held.path.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until(lambda: held._guests, 20)
+    time.sleep(0.5)
+    client.kill()
+    client.wait()
+    until(lambda: not held._guests, 10, "the query to be broken off")
+
+
+def test_more_clients_than_places(held: Warehouse) -> None:
+    """Who finds no place tries again; the silent ones are sent away."""
+    held.rollback()
+    path = str(next(path for path in socket_paths(held.path) if path.exists()))
+    silent = []
+    for _ in range(CLIENTS + 40):
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(path)
+        silent.append(client)
+    until(lambda: len(held._guests) == CLIENTS, 10)
+    until(lambda: not held._guests, 20, "the silent ones to be sent away")
+    held.release()  # as the consumer does
+    held.acquire()
+    assert query(held.path, "SELECT i FROM t", "--format", "csv").stdout == "i\n1\n"
+    for client in silent:
+        client.close()
+
+
+def test_an_end_while_nothing_can_break_a_query_off(tmp_path: Path) -> None:
+    """J21: everything is closed all the same."""
+    warehouse = Warehouse(tmp_path / "w.duckdb", 200_000_000, 2)
+    warehouse.acquire()
+    answers = Answers(warehouse)
+    answers.start()
+    slow = "SELECT levenshtein(repeat('ab', 60000), repeat('cd', 60000))"
+    client = threading.Thread(target=query, args=[warehouse.path, slow])
+    client.start()
+    until(lambda: warehouse._guests, 20)
+    time.sleep(0.5)
+    answers.stop()
+    warehouse.release()
+    assert not warehouse.held
+    client.join(60)
+
+
 def test_an_end_in_the_middle_of_a_query(tmp_path: Path) -> None:
     """J21: a consumer that is told to stop breaks the query off; its client is told so."""
     warehouse = Warehouse(tmp_path / "w.duckdb", 200_000_000, 2)
@@ -118,8 +215,7 @@ def test_an_end_in_the_middle_of_a_query(tmp_path: Path) -> None:
     answers = Answers(warehouse)
     answers.start()
     done: list[subprocess.CompletedProcess[str]] = []
-    endless = "SELECT sum(a.i * b.i) FROM range(1000000000) AS a(i), range(1000000000) AS b(i)"
-    client = threading.Thread(target=lambda: done.append(query(warehouse.path, endless)))
+    client = threading.Thread(target=lambda: done.append(query(warehouse.path, ENDLESS)))
     client.start()
     until(lambda: warehouse._guests, 20)
     time.sleep(0.5)
@@ -150,7 +246,7 @@ def test_a_socket_of_somebody_who_was_killed(held: Warehouse) -> None:
     path = held.path.with_name("other.duckdb")
     program = (
         "import sys; from pathlib import Path; from cdc.sink.warehouse import Warehouse; import os, signal\n"
-        "from cdc.sink.answers import Answers\n"
+        "from cdc.sink.answers import CLIENTS, Answers\n"
         "w = Warehouse(Path(sys.argv[1]), 200_000_000, 1); w.acquire(); Answers(w).start()\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
