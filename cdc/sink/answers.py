@@ -49,7 +49,7 @@ CLIENTS = 8
 _SILENCE_S = 10.0
 """Longest time that a client takes to put a question, or to take what it is given."""
 
-_TURN_S = 0.1
+_TURN_S = 0.05
 
 _FUNCTIONS = ("range", "generate_series", "unnest", "duckdb_tables", "duckdb_columns", "duckdb_views", "duckdb_schemas")
 """Table functions that touch nothing but the database."""

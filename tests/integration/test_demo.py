@@ -62,7 +62,7 @@ def test_the_demo_twice(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_end_in_the_middle(tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C and SIGTERM: neither server nor consumer stays."""
     demo = start(tmp_path, "demo", "--seconds", "60", "--events", "20000")

@@ -65,7 +65,7 @@ def test_many_rows_are_answered(held: Warehouse) -> None:
     assert done.stdout.split() == ["i", *map(str, range(300000))]
 
 
-@pytest.mark.parametrize("running", [True, False], ids=["held", "free"])
+@pytest.mark.parametrize("running", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["held", "free"])
 @pytest.mark.parametrize(
     "sql",
     [
@@ -173,6 +173,7 @@ def test_a_client_that_goes_away(held: Warehouse) -> None:
     until(lambda: not held._guests, 10, "the query to be broken off")
 
 
+@pytest.mark.slow
 def test_more_clients_than_places(held: Warehouse) -> None:
     """Who finds no place tries again; the silent ones are sent away."""
     held.rollback()
@@ -191,6 +192,7 @@ def test_more_clients_than_places(held: Warehouse) -> None:
         client.close()
 
 
+@pytest.mark.slow
 def test_an_end_while_nothing_can_break_a_query_off(tmp_path: Path) -> None:
     """J21: everything is closed all the same."""
     warehouse = Warehouse(tmp_path / "w.duckdb", 200_000_000, 2)
