@@ -23,10 +23,12 @@ import stamina
 from cdc.errors import CdcError, ConnectionLost, SourceError, TableError
 from cdc.pgoutput.changes import Unfit
 from cdc.pgoutput.copy import decode_copy
+from cdc.pgoutput.masks import Mask
 from cdc.pgoutput.messages import Column
 from cdc.settings import Settings
 from cdc.sink.checkpoint import StoredColumn
 from cdc.sink.history import History, HistoryFile, as_log
+from cdc.sink.schema import masks_of
 from cdc.sink.sink import COPY_SEQ, CopiedChunk
 from cdc.source import fence
 from cdc.source.connection import connect
@@ -106,6 +108,7 @@ class Copy:
         self._lock = threading.Lock()
         self._rows = 0
         self._files: list[HistoryFile] = []
+        self._masks = settings.masks
 
     def start(self) -> None:
         """Begin; the table's changes are being kept already."""
@@ -151,7 +154,7 @@ class Copy:
                     # Of its own at each try: the server may not have noticed yet that an earlier one was given up.
                     f"{self._settings.slot[:40]}_copy_{secrets.token_hex(4)}",
                     limits,
-                    started=lambda snapshot: self._put(CopyBegun(self.oid, snapshot, _columns(snapshot))),
+                    started=lambda snapshot: self._put(CopyBegun(self.oid, snapshot, self._stored(snapshot))),
                     rows=self._chunk,
                     waiting=lambda blockers, waited_s: self._waiting(blockers, waited_s, self._name),
                     stopping=self._stopping.is_set,
@@ -159,12 +162,12 @@ class Copy:
                 # A commit of our own behind L: on an idle server the stream would not soon go past L.
                 with connect(self._settings.dsn) as connection:
                     fence.emit(connection)
-        return Copied(self.oid, snapshot, _columns(snapshot), _key(snapshot), self._rows, tuple(self._files))
+        return Copied(self.oid, snapshot, self._stored(snapshot), _key(snapshot), self._rows, tuple(self._files))
 
     def _chunk(self, snapshot: Snapshot, data: bytes, count: int) -> None:
         """Decode some rows, write them for the history, and put them. Runs in the workers' threads."""
         columns = _columns(snapshot)
-        arrays, unfit = decode_copy(data, [Column(c.name, c.type_oid, c.typmod, is_key=False) for c in columns])
+        arrays, unfit = decode_copy(data, columns, self._masked(snapshot))
         with self._lock:
             seq = np.arange(COPY_SEQ + 1 + self._rows, COPY_SEQ + 1 + self._rows + count)
             self._rows += count
@@ -186,6 +189,28 @@ class Copy:
             self._history.write_temporary(file, log)
         rows = pa.table(arrays, names=names)
         self._put(CopiedChunk(snapshot.definition.oid, rows, file, _quarantined(snapshot, rows, unfit, seq)))
+
+    def _masked(self, snapshot: Snapshot) -> dict[int, Mask]:
+        """Return the masks of the copied columns.
+
+        Raises:
+            TableError: see `masks_of`.
+        """
+        names = [column.name for column in _columns(snapshot)]
+        key = [index for index, name in enumerate(names) if name in _key(snapshot)]
+        return masks_of(self._masks, self.oid, (self._name, str(snapshot.published)), names, key)
+
+    def _stored(self, snapshot: Snapshot) -> tuple[StoredColumn, ...]:
+        """Return what is copied, as the warehouse has it."""
+        attnums = {attribute.name: attribute.attnum for attribute in snapshot.definition.attributes}
+        masks = self._masked(snapshot)
+        stored = []
+        for index, column in enumerate(_columns(snapshot)):
+            mask = masks.get(index)
+            held = column if mask is None else mask.column(column)
+            label = "" if mask is None else mask.label
+            stored.append(StoredColumn(held.name, held.type_oid, held.typmod, attnums[held.name], label))
+        return tuple(stored)
 
     def _forget(self) -> None:
         """Begin from nothing: remove the files of a try that did not come to its end."""
@@ -209,10 +234,10 @@ def _worth_another_try(error: Exception) -> bool:
     return lost or (isinstance(error, SourceError) and error.sqlstate in ("42710", "53400"))
 
 
-def _columns(snapshot: Snapshot) -> tuple[StoredColumn, ...]:
+def _columns(snapshot: Snapshot) -> tuple[Column, ...]:
     by_name = {attribute.name: attribute for attribute in snapshot.definition.attributes}
     chosen = [by_name[name] for name in snapshot.published.columns]
-    return tuple(StoredColumn(a.name, a.type_oid, a.typmod, a.attnum) for a in chosen)
+    return tuple(Column(a.name, a.type_oid, a.typmod, is_key=False) for a in chosen)
 
 
 def _key(snapshot: Snapshot) -> tuple[str, ...]:

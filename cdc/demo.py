@@ -20,6 +20,7 @@ from rich.table import Table
 
 from cdc.embedded import EmbeddedServer
 from cdc.errors import CdcError
+from cdc.settings import PREDECESSOR
 from cdc.sink.reader import Ask, reading, rows
 from cdc.traffic import DATABASE, TABLES, Traffic, fill
 
@@ -109,11 +110,12 @@ def _clear(lake: Path) -> None:
 
 
 def _environment(server: EmbeddedServer, lake: Path) -> dict[str, str]:
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("CDC_", "PG", "POSTGRES_"))}
+    """Return an environment in which nobody's settings count; nor does a cdc.toml, for the folder is the lake."""
+    own = {n: v for n, v in os.environ.items() if not n.startswith(("CDC_", "PG")) and n not in PREDECESSOR}
     return own | {
         "CDC_DSN": server.dsn(DATABASE, "cdc"),
-        "CDC_WAREHOUSE": str(lake / "warehouse.duckdb"),
-        "CDC_HISTORY": str(lake / "history"),
+        "CDC_WAREHOUSE": str(lake.absolute() / "warehouse.duckdb"),
+        "CDC_HISTORY": str(lake.absolute() / "history"),
         "CDC_FLUSH_INTERVAL": "200ms",
     }
 
@@ -123,7 +125,7 @@ _PROGRAM = (sys.executable, "-c", "from cdc.cli import main; main()")
 
 def _cdc(environment: dict[str, str], lake: Path, *arguments: str) -> None:
     with (lake / "consumer.log").open("a") as log:
-        done = subprocess.run([*_PROGRAM, *arguments], env=environment, stderr=log, check=False)
+        done = subprocess.run([*_PROGRAM, *arguments], env=environment, stderr=log, cwd=lake, check=False)
     if done.returncode:
         raise CdcError(f"cdc {arguments[0]} failed", f"see {lake / 'consumer.log'}")
 
@@ -152,7 +154,7 @@ class _Consumer:
         with self.log.open("ab") as log:
             # a session of its own: Ctrl-C is ours to pass on
             self._process = subprocess.Popen(
-                [*_PROGRAM, "run"], env=self._environment, stderr=log, start_new_session=True
+                [*_PROGRAM, "run"], env=self._environment, stderr=log, cwd=self.log.parent, start_new_session=True
             )
 
     def kill(self) -> None:

@@ -14,21 +14,23 @@ decoder that knows nothing.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
 
 import duckdb
+import pyarrow as pa
 import stamina
 
 from cdc.copies import Copies, Observer, storage
-from cdc.errors import ConnectionLost, TableError, WarehouseBusy
+from cdc.errors import ConnectionLost, SinkError, TableError, WarehouseBusy
 from cdc.failpoints import reach
 from cdc.lsn import format_lsn
 from cdc.pgoutput.decoder import Decoder
-from cdc.pgoutput.messages import WireBatch
+from cdc.pgoutput.masks import Mask, chosen
+from cdc.pgoutput.messages import Column, WireBatch
+from cdc.reconcile import again, reconcile
 from cdc.settings import Settings
 from cdc.sink.answers import Answers
 from cdc.sink.checkpoint import Table
@@ -38,12 +40,12 @@ from cdc.sink.sink import Resync, Sink
 from cdc.sink.view import View
 from cdc.sink.warehouse import ConsumerLock, Warehouse
 from cdc.source import catalog, fence
-from cdc.source.catalog import PublishedTable
+from cdc.source.catalog import Attribute, PublishedTable
 from cdc.source.connection import connect
 from cdc.source.slot import Blocker, Slot
 from cdc.source.stream import NEVER, Idle, Item, Limits, Receiver, StreamEnded
 from cdc.source.watcher import Watcher
-from cdc.startup import check, prepare, reconcile
+from cdc.startup import check, prepare
 from cdc.tally import Tally
 
 __all__ = ["Observer", "Pipeline"]
@@ -85,6 +87,7 @@ class Pipeline:
             waiting=self._waiting_for_warehouse,
             give_up=lambda: self._stopping and time.monotonic() >= self._stop_by,
             view=_view(settings),
+            masks=settings.masks,
         )
         self._limits = Limits(settings.flush_rows, settings.flush_bytes, settings.flush_interval)
         self._publications: tuple[str, ...] = ()
@@ -160,7 +163,7 @@ class Pipeline:
             self._publications = prepare(
                 self._settings, self._sink, self._waiting_for_slot, self._slot_in_use, fresh=fresh, once=once
             )
-        if self._settings.view and (aside := self._sink.show()):
+        if aside := self._sink.show():
             self._observer.event("renamed aside", table=self._settings.view, new_name=aside)
         self._take_marks()
         copies = Copies(self._settings, self._publications, self._sink, self._observer, self._waiting_for_slot)
@@ -249,13 +252,24 @@ class Pipeline:
                 self._observer.event("connection lost", reason=str(error))
                 self._connect()
                 return set()
-            except TableError as error:
-                self._set_aside(error)
+            except (TableError, SinkError) as error:
+                if isinstance(error, TableError):
+                    self._set_aside(error)
+                elif not self._make_room(error):
+                    raise
                 if continues:  # what came before in this transaction is lost with it
                     self._connect()
                     return set()
         self._confirm()
         return {message.content for message in decoded.messages}
+
+    def _make_room(self, error: SinkError) -> bool:
+        """Whether what was short of memory may be tried again: queries share it, and were broken off."""
+        if not isinstance(error.__cause__, duckdb.OutOfMemoryException) or not self._warehouse.guests:
+            return False
+        self._observer.event("queries were broken off", reason="the memory of CDC_MEMORY is needed for the stream")
+        self._warehouse.dismiss()
+        return True
 
     def _idle(self, idle: Idle) -> None:
         """Note a position that the stream has reached without a change for us; only then may it be confirmed."""
@@ -366,7 +380,7 @@ class Pipeline:
     def _take_marks(self) -> None:
         """Begin what `cdc resync` has asked for."""
         marked = self._sink.ledger.requested()
-        self._change([_again(self._sink.ledger.tables[oid]) for oid in marked], requested=True)
+        self._change([again(self._sink.ledger.tables[oid]) for oid in marked], requested=True)
 
     def _change(self, changed: Sequence[Table], *, requested: bool = False) -> None:
         """Write changed rows of ``_cdc.tables``; a copy that is under way for one of them is worth nothing now."""
@@ -397,14 +411,11 @@ class Pipeline:
             published = [t for t in catalog.published(connection, self._publications) if t.oid == oid]
         if definition is None or not published:
             return None
-        return LiveTable(
-            storage(definition),
-            tuple(
-                LiveColumn(a.name, a.type_oid, a.typmod, a.attnum, a.missing)
-                for a in definition.attributes
-                if a.name in published[0].columns
-            ),
-        )
+        there = [attribute for attribute in definition.attributes if attribute.name in published[0].columns]
+        known = self._sink.ledger.tables.get(oid)
+        masks = chosen(self._settings.masks, [str(definition), str(known)], [attribute.name for attribute in there])
+        columns = tuple(_live_column(attribute, masks.get(index)) for index, attribute in enumerate(there))
+        return LiveTable(storage(definition), columns)
 
     # Waiting
 
@@ -456,12 +467,14 @@ def _backlogged(item: Item | None) -> bool:
     return isinstance(item, WireBatch) and item.full
 
 
+def _live_column(attribute: Attribute, mask: Mask | None) -> LiveColumn:
+    a = attribute
+    if mask is None:
+        return LiveColumn(a.name, a.type_oid, a.typmod, a.attnum, a.missing)
+    held = mask.column(Column(a.name, a.type_oid, a.typmod, is_key=False))
+    (missing,) = mask.apply(pa.array([a.missing]).cast(pa.binary())).cast(pa.string()).to_pylist()
+    return LiveColumn(a.name, held.type_oid, held.typmod, a.attnum, missing, mask.label)
+
+
 def _view(settings: Settings) -> View | None:
-    schema_name, _, table_name = settings.view_of.partition(".")
-    return View(settings.view, schema_name, table_name) if settings.view and table_name else None
-
-
-def _again(table: Table) -> Table:
-    """Return the row of a table that is to be copied anew: what is up to date stays so until the copy is complete."""
-    follows = table.state == "streaming" or (table.state == "resyncing" and not table.reason)
-    return dataclasses.replace(table, state="resyncing" if follows else "pending", reason="")
+    return View(settings.view, settings.view_of) if settings.view else None

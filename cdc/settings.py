@@ -11,10 +11,10 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
 from psycopg.conninfo import make_conninfo
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -24,6 +24,7 @@ from pydantic_settings import (
 )
 
 from cdc.errors import SettingsError
+from cdc.pgoutput.masks import Kind, Mask
 from cdc.source.connection import read_dsn
 
 __all__ = ["Settings", "load", "read_seconds"]
@@ -57,6 +58,14 @@ def _names(value: object) -> object:
     return value
 
 
+def _masks(value: tuple[str, ...]) -> tuple[str, ...]:
+    for entry in value:
+        column, _, kind = entry.rpartition(":")
+        if column.count(".") < _DOTS or kind not in get_args(Kind):
+            raise ValueError(f"not schema.table.column and one of :hmac, :null, :hash: {entry!r}")
+    return value
+
+
 def _none(value: object) -> object:
     return None if value == "" else value
 
@@ -72,6 +81,7 @@ Duration = Annotated[float, BeforeValidator(read_seconds)]
 File = Annotated[Path, AfterValidator(_file)]
 Folder = Annotated[Path | None, BeforeValidator(_none)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
+_DOTS = 2
 
 PREDECESSOR = {
     "POSTGRES_SCHEMA": None,
@@ -112,6 +122,12 @@ class Settings(BaseSettings):
     exclude: Annotated[
         Names, Field(description="schema.table.column names, by comma, of columns that never leave Postgres")
     ] = ()
+    mask: Annotated[
+        Names,
+        AfterValidator(_masks),
+        Field(description="schema.table.column:kind, by comma; kind: hmac or hash (64 hex digits), or null"),
+    ] = ()
+    mask_key: SecretStr = Field(SecretStr(""), description="the key of hmac; better in the environment than as a flag")
     flush_interval: Annotated[Duration, Field(gt=0, le=3600, description="longest time that a batch is collected")] = (
         1.0
     )
@@ -125,6 +141,13 @@ class Settings(BaseSettings):
     primary_key: str = Field("", description="what must identify the rows of CDC_VIEW_OF: columns, by comma")
     log: Literal["text", "json"] = Field("text", description="log lines for people, or one JSON object each")
     deletes: Literal["hard", "soft"] = Field("hard", description="hard: deleted rows go; soft: they stay")
+
+    @property
+    def masks(self) -> dict[str, Mask]:
+        """CDC_MASK by ``schema.table.column``."""
+        key = self.mask_key.get_secret_value().encode()
+        parts = (entry.rpartition(":") for entry in self.mask)
+        return {column: Mask(cast("Kind", kind), key if kind == "hmac" else b"") for column, _, kind in parts}
 
     @classmethod
     def settings_customise_sources(
@@ -156,11 +179,26 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> S
     try:
         settings = Settings(**values)
     except ValidationError as error:
-        raise _explain(error) from None
+        raise _explain(error, flags, environ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise SettingsError(f"cdc.toml cannot be read: {error}", "mend the file, or take it away") from None
     read_dsn(settings.dsn)
+    _check_masks(settings)
+    if (settings.view or settings.primary_key) and not settings.view_of:
+        lonely = "CDC_VIEW" if settings.view else "CDC_PRIMARY_KEY"
+        raise SettingsError(f"{lonely} needs CDC_VIEW_OF", "set it to the schema.table that is meant")
     return settings
+
+
+def _check_masks(settings: Settings) -> None:
+    if any(entry.endswith(":hmac") for entry in settings.mask) and not settings.mask_key.get_secret_value():
+        raise SettingsError("CDC_MASK has hmac, but CDC_MASK_KEY is empty", "set it to a long random text; keep it")
+    names = [entry.rpartition(":")[0] for entry in settings.mask]
+    for name in names:
+        if name in settings.exclude:
+            raise SettingsError(f"CDC_MASK: {name} is in CDC_EXCLUDE as well", "take it out of one of them")
+        if names.count(name) > 1:
+            raise SettingsError(f"CDC_MASK: {name} has more than one mask", "leave one of them")
 
 
 def _predecessor(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -173,12 +211,18 @@ def _predecessor(environ: Mapping[str, str]) -> dict[str, Any]:
     if parts:
         values["dsn"] = make_conninfo("", **parts)
     schema, table = environ.get("POSTGRES_SCHEMA"), environ.get("POSTGRES_TABLE")
+    if any(character in (table or "") for character in ".*?["):
+        raise SettingsError(
+            f"POSTGRES_TABLE must be the name of one table, and is {table}",
+            "its schema goes into POSTGRES_SCHEMA; for several tables or a pattern set CDC_TABLES instead",
+        )
     if table:
         values["tables"] = f"{schema or 'public'}.{table}"
     elif schema:
         values["tables"] = f"{schema}.*"
     if table or "view" in values:
         values.setdefault("view", _PREDECESSOR_VIEW)
+    if table or "view" in values or "primary_key" in values:
         values["view_of"] = f"{schema or 'public'}.{table or _PREDECESSOR_TABLE}"
     return values
 
@@ -200,9 +244,14 @@ def _suggestion(name: str, known: list[str]) -> str:
     return f"did you mean {near[0]}?" if near else "the settings are: " + ", ".join(known)
 
 
-def _explain(error: ValidationError) -> SettingsError:
+def _explain(error: ValidationError, flags: Mapping[str, Any], environ: Mapping[str, str]) -> SettingsError:
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else ""
+    variable = f"CDC_{name.upper()}"
+    if name not in flags and variable not in environ:
+        variable = next(
+            (theirs for theirs, ours in PREDECESSOR.items() if ours == name and theirs in environ), variable
+        )
     if first["type"] == "extra_forbidden":
         asked = name.lower().removeprefix("cdc_")
         return SettingsError(f"unknown setting {name} in cdc.toml", _suggestion(asked, list(Settings.model_fields)))
@@ -212,4 +261,4 @@ def _explain(error: ValidationError) -> SettingsError:
         must = re.sub("^(Input|String) should ", "must ", first["msg"].split(", unable", 1)[0])
         reason = must if name == "dsn" else f"{must}, and is {first['input']!r}"  # a DSN may hold a password
     field = Settings.model_fields.get(name)
-    return SettingsError(f"CDC_{name.upper()}: {reason}", f"what it means: {field.description if field else 'unknown'}")
+    return SettingsError(f"{variable}: {reason}", f"what it means: {field.description if field else 'unknown'}")

@@ -47,6 +47,13 @@ class Mutation:
 
 MUTATIONS = (
     Mutation(
+        "masks the copy, but not the stream",
+        "sink/sink.py",
+        "rows = self._masked(table, rows)",
+        "self._masked(table, rows)",
+        ("tests/integration/test_mask.py::test_changes_that_are_kept_for_a_copy",),
+    ),
+    Mutation(
         "skips the transaction at the checkpoint, too (<= for <)",
         "pgoutput/decoder.py",
         "skipped = lsn < np.uint64(self._skip_below)",

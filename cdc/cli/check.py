@@ -11,13 +11,13 @@ import click
 
 from cdc.cli.options import with_settings
 from cdc.errors import CdcError, SettingsError, WarehouseBusy
+from cdc.refusals import refuse
 from cdc.settings import Settings
 from cdc.sink.checkpoint import Checkpoint
 from cdc.sink.reader import reading, rows
 from cdc.source import publication, slot
 from cdc.source.connection import Connection, connect, connect_replication
 from cdc.source.preflight import Expected, Finding, findings, notes
-from cdc.startup import refuse
 
 __all__ = ["check"]
 
@@ -25,7 +25,7 @@ PATIENCE_S = 10.0
 
 
 @click.command()
-@with_settings("dsn", "warehouse", "history", "slot", "publication", "tables", "exclude")
+@with_settings("dsn", "warehouse", "history", "slot", "publication", "tables", "exclude", "mask", "mask_key")
 def check(settings: Settings) -> None:
     r"""Look for everything that would stop the consumer or do harm, each with what puts it right.
 
@@ -43,7 +43,7 @@ def check(settings: Settings) -> None:
     expected = Expected(settings.slot, settings.publication, settings.tables, settings.exclude)
     with connect(settings.dsn) as connection:
         found += findings(connection, expected)
-        found += _excluded(settings, connection)
+        found += _columns(settings, connection)
         known = notes(connection, expected)
         if not any(finding.level == "error" for finding in found):
             found += _warehouse(settings, connection)
@@ -73,10 +73,11 @@ def _warehouse(settings: Settings, connection: Connection) -> Iterator[Finding]:
         yield Finding("error", str(error), error.hint)
 
 
-def _excluded(settings: Settings, connection: Connection) -> Iterator[Finding]:
-    """Look whether CDC_EXCLUDE can be kept."""
+def _columns(settings: Settings, connection: Connection) -> Iterator[Finding]:
+    """Look whether CDC_EXCLUDE and CDC_MASK can be kept."""
     try:
-        publication.refuse_exclusion(connection, settings.publication, settings.tables, settings.exclude, strict=True)
+        coming = publication.coming(connection, settings.publication, settings.tables)
+        publication.refuse_columns(connection, settings.publication, coming, settings.exclude, settings.masks)
     except SettingsError as error:
         yield Finding("error", str(error), error.hint)
 
@@ -88,7 +89,8 @@ def _checkpoint(settings: Settings) -> Checkpoint | None:
         if not rows(ask("SELECT 1 FROM duckdb_tables() WHERE schema_name = '_cdc'")):
             return None
         query = "SELECT system_identifier, database, slot, publication, lsn FROM _cdc.checkpoint"
-        return Checkpoint(*rows(ask(query))[0])
+        found = rows(ask(query))
+        return Checkpoint(*found[0]) if found else None
 
 
 def _paths(settings: Settings) -> Iterator[Finding]:

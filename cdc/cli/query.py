@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import sys
 from typing import Any
 
@@ -54,7 +55,9 @@ def _distinct(names: list[str]) -> list[str]:
 def _print(form: str, names: list[str], found: list[tuple[Any, ...]]) -> None:
     if form == "json":
         names = _distinct(names)
-        click.echo(json.dumps([dict(zip(names, row, strict=True)) for row in found], indent=2, default=str))
+        click.echo(
+            json.dumps([dict(zip(names, map(_plain, row), strict=True)) for row in found], indent=2, default=str)
+        )
     elif form == "csv":
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(names)
@@ -64,6 +67,17 @@ def _print(form: str, names: list[str], found: list[tuple[Any, ...]]) -> None:
         for row in found:
             table.add_row(*map(_text, row))
         Console(markup=False, emoji=False).print(table)  # data, however much of it looks like markup
+
+
+def _plain(value: Any) -> Any:
+    """Return a value without floats that JSON lacks: these become text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {name if isinstance(name, str) else str(name): _plain(each) for name, each in value.items()}
+    return value
 
 
 def _text(value: object) -> str:

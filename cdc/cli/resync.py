@@ -9,12 +9,12 @@ import duckdb
 
 from cdc.cli.options import with_settings
 from cdc.errors import CdcError, SettingsError, StateError
+from cdc.refusals import check_source, refuse_foreign
 from cdc.settings import Settings
 from cdc.sink.checkpoint import Checkpoint, Ledger, Table
 from cdc.sink.warehouse import Warehouse, explain
 from cdc.source import slot
 from cdc.source.connection import connect, connect_replication
-from cdc.startup import check_source, refuse_foreign
 
 __all__ = ["resync"]
 

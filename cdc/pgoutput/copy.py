@@ -5,13 +5,14 @@ CSV, because it tells an empty string (``""``) from NULL (nothing), and Arrow sp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.csv
 
 from cdc.errors import ProtocolError
 from cdc.pgoutput.changes import Unfit, decode_column
+from cdc.pgoutput.masks import Mask
 from cdc.pgoutput.messages import Column
 
 __all__ = ["decode_copy"]
@@ -19,15 +20,19 @@ __all__ = ["decode_copy"]
 _PARSE = pyarrow.csv.ParseOptions(newlines_in_values=True, ignore_empty_lines=False)
 
 
-def decode_copy(data: bytes, columns: Sequence[Column]) -> tuple[list[pa.Array], list[Unfit]]:
+def decode_copy(
+    data: bytes, columns: Sequence[Column], masks: Mapping[int, Mask]
+) -> tuple[list[pa.Array], list[Unfit]]:
     """Decode whole rows.
 
     Args:
         data: CopyData messages of format csv, joined; less than 2 GiB.
         columns: what was selected, in that order, at least one.
+        masks: what stands in place of a column's values, by its index.
 
     Returns:
-        One array of length n per column, of types.column_type(...).arrow, and the values that did not fit.
+        One array of length n per column, of types.column_type(...).arrow (masked ones of their mask's type),
+        and the values that did not fit.
 
     Raises:
         ProtocolError: the rows do not have these columns.
@@ -54,7 +59,10 @@ def decode_copy(data: bytes, columns: Sequence[Column]) -> tuple[list[pa.Array],
     arrays: list[pa.Array] = []
     unfit: list[Unfit] = []
     for index, column in enumerate(columns):
-        array, misfits = decode_column(index, column, pa.concat_arrays(table.column(index).chunks))
+        raw = pa.concat_arrays(table.column(index).chunks)
+        if (mask := masks.get(index)) is not None:
+            raw, column = mask.apply(raw), mask.column(column)  # noqa: PLW2901
+        array, misfits = decode_column(index, column, raw)
         arrays.append(array)
         if misfits is not None:
             unfit.append(misfits)

@@ -91,11 +91,24 @@ class RelationRows:
             batch = reader.read_next_batch()
             relation = _relation_from_json(reader.schema.metadata[b"relation"])
         lsn, seq, xid, commit_ts = (batch.column(i).to_numpy() for i in range(4))
-        _, offsets_buffer, data = batch.column(4).buffers()
-        offsets = np.frombuffer(offsets_buffer, np.int32, batch.num_rows + 1).astype(np.int64)
-        messages = np.frombuffer(data, np.uint8, int(offsets[-1]))
-        buffer = np.zeros(_LEAD_BYTES + len(messages) + PADDING_BYTES, np.uint8)
-        buffer[_LEAD_BYTES : _LEAD_BYTES + len(messages)] = messages
+        return cls.of_messages(relation, batch.column(4), lsn, seq, xid, commit_ts)
+
+    @classmethod
+    def of_messages(
+        cls,
+        relation: Relation,
+        messages: pa.BinaryArray,
+        lsn: npt.NDArray[np.uint64],
+        seq: npt.NDArray[np.int64],
+        xid: npt.NDArray[np.uint32],
+        commit_ts: npt.NDArray[np.int64],
+    ) -> RelationRows:
+        """Return n rows whose messages are the elements of an Arrow array (of offset 0, without NULLs)."""
+        _, offsets_buffer, data = messages.buffers()
+        offsets = np.frombuffer(offsets_buffer, np.int32, len(messages) + 1).astype(np.int64)
+        content = np.frombuffer(data, np.uint8, int(offsets[-1]))
+        buffer = np.zeros(_LEAD_BYTES + len(content) + PADDING_BYTES, np.uint8)
+        buffer[_LEAD_BYTES : _LEAD_BYTES + len(content)] = content
         offsets += _LEAD_BYTES
         return cls(relation, buffer, offsets[:-1], offsets[1:], lsn, seq, xid, commit_ts)
 

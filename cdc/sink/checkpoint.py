@@ -87,13 +87,16 @@ class StoredColumn:
     """A column as the warehouse has it, with what it was in Postgres.
 
     Attributes:
+        type_oid, typmod: of what is here: a column that is masked by digests is text.
         attnum: pg_attribute.attnum: it tells a renamed column from a dropped and an added one.
+        mask: `Mask.label`; '': it is not masked.
     """
 
     name: str
     type_oid: int
     typmod: int
     attnum: int
+    mask: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,12 +8,13 @@ what the stream cannot tell: attnums, stored defaults, and whether the table was
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from cdc.errors import TableError
+from cdc.pgoutput.masks import Mask, Masks, chosen, missing
 from cdc.pgoutput.messages import Relation
 from cdc.pgoutput.types import column_type
 from cdc.sink.checkpoint import StoredColumn, Table
@@ -27,6 +28,7 @@ __all__ = [
     "Plan",
     "create_table",
     "folded",
+    "masks_of",
     "nulls",
     "plan",
     "refuse",
@@ -44,6 +46,7 @@ class LiveColumn:
 
     Attributes:
         default: text of the value that rows written before the column was added have; None: NULL.
+        mask: `Mask.label`; '': it is not masked.
     """
 
     name: str
@@ -51,6 +54,7 @@ class LiveColumn:
     typmod: int
     attnum: int
     default: str | None = None
+    mask: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,6 +80,37 @@ class Plan:
     changes: tuple[str, ...]
 
 
+def masks_of(
+    masks: Masks, oid: int, tables: Sequence[str], columns: Sequence[str], key: Collection[int]
+) -> dict[int, Mask]:
+    """Return the masks of a table's columns, by index.
+
+    Args:
+        masks: CDC_MASK.
+        tables: the names by which the table is known.
+        columns: names of all that the source sends.
+        key: indexes of the columns that identify a row.
+
+    Raises:
+        TableError: a masked column is gone, perhaps under another name, or is part of the key: nothing of the table may
+            be kept then.
+    """
+    if gone := missing(masks, tables, columns):
+        raise TableError(
+            f"masked column {gone[0]} is not there any more: it was dropped, or has another name now",
+            oid,
+            f"put CDC_MASK right, start the consumer again, and run `cdc resync {tables[0]}`",
+        )
+    found = chosen(masks, tables, columns)
+    if wrong := sorted(found.keys() & set(key)):
+        raise TableError(
+            f"masked column {columns[wrong[0]]} of {tables[0]} is part of its key now",
+            oid,
+            "take it out of CDC_MASK, or give the table another key; then `cdc resync` the table",
+        )
+    return found
+
+
 def same(columns: Sequence[StoredColumn], relation: Relation) -> bool:
     """Whether `relation` has just these columns, by name, type and order."""
     return len(columns) == len(relation.columns) and all(
@@ -86,7 +121,7 @@ def same(columns: Sequence[StoredColumn], relation: Relation) -> bool:
 
 def stored_columns(live: LiveTable) -> tuple[StoredColumn, ...]:
     """Return what ``_cdc.tables`` keeps of the catalog's columns."""
-    return tuple(StoredColumn(c.name, c.type_oid, c.typmod, c.attnum) for c in live.columns)
+    return tuple(StoredColumn(c.name, c.type_oid, c.typmod, c.attnum, c.mask) for c in live.columns)
 
 
 def nulls(column: StoredColumn) -> pa.Array:

@@ -23,6 +23,7 @@ from cdc.errors import SinkError, TableError, WarehouseBusy
 from cdc.failpoints import reach
 from cdc.pgoutput.changes import decode_rows
 from cdc.pgoutput.decoder import Decoded
+from cdc.pgoutput.masks import Masks, mask_rows
 from cdc.pgoutput.messages import Relation
 from cdc.pgoutput.rows import RelationRows
 from cdc.sink import quarantine, schema
@@ -30,7 +31,7 @@ from cdc.sink.apply import apply, insert, of_table
 from cdc.sink.checkpoint import Checkpoint, Ledger, State, StoredColumn, Table
 from cdc.sink.history import History, HistoryFile, as_log
 from cdc.sink.schema import DELETED_AT, LiveTable
-from cdc.sink.view import View, make_room, refresh
+from cdc.sink.view import View, drop_others, make_room, refresh
 from cdc.sink.warehouse import Warehouse, explain, quote
 
 __all__ = ["COPY_SEQ", "CopiedChunk", "Resync", "Sink"]
@@ -76,6 +77,7 @@ class Sink:
         waiting: Callable[[WarehouseBusy, float], None],
         give_up: Callable[[], bool],
         view: View | None = None,
+        masks: Masks | None = None,
     ) -> None:
         """Create a sink that holds nothing yet; `open` it.
 
@@ -85,6 +87,7 @@ class Sink:
             waiting: see `Warehouse.acquire`.
             give_up: see `Warehouse.acquire`.
             view: kept in step with its table.
+            masks: CDC_MASK.
         """
         self.warehouse = warehouse
         self.history = history
@@ -94,6 +97,7 @@ class Sink:
         self._waiting = waiting
         self._give_up = give_up
         self._view = view
+        self._masks = masks or {}
         self._last_change: dict[int, int] = {}
 
     # Opening, and positions
@@ -146,7 +150,10 @@ class Sink:
         return [".".join(name) for name in names if schema.folded(*name) in there - ours]
 
     def show(self) -> str:
-        """Make the view, if its table is here already; return the new name of what had the view's, '' if nothing had.
+        """Make the view, if its table is here already, and drop what an earlier setting has left.
+
+        Returns:
+            the new name of what had the view's; '' if nothing had.
 
         Raises:
             StateError: the name is that of a mirrored table.
@@ -155,6 +162,7 @@ class Sink:
 
         def work() -> None:
             nonlocal aside
+            drop_others(self.warehouse, view)
             if view is not None:
                 aside = make_room(self.warehouse, view, self.ledger.tables.values())
                 for table in self.ledger.tables.values():
@@ -241,6 +249,7 @@ class Sink:
         table = self.ledger.tables.get(rows.relation.oid)
         if table is None or table.state not in ("copying", "streaming", "resyncing"):
             return  # not published to us (yet), or set aside: its next copy will have these rows
+        rows = self._masked(table, rows)
         last_lsn = int(rows.lsn[-1])
         following = table.state == "streaming" or (table.state == "resyncing" and not table.reason)
         if table.state != "streaming":
@@ -252,6 +261,12 @@ class Sink:
                 refresh(self.warehouse, self._view, table)
             self._change(table, self._target(table), rows, logged=True)
             self._last_change[table.oid] = int(rows.commit_ts[-1])
+
+    def _masked(self, table: Table, rows: RelationRows) -> RelationRows:
+        relation = rows.relation
+        columns = [column.name for column in relation.columns]
+        names = (str(table), str(relation))
+        return mask_rows(rows, schema.masks_of(self._masks, table.oid, names, columns, relation.key))
 
     def _change(self, table: Table, target: str, rows: RelationRows, *, logged: bool) -> None:
         def log(changes: pa.Table) -> None:

@@ -16,7 +16,7 @@ from cdc.sink.checkpoint import Table
 from cdc.sink.schema import folded
 from cdc.sink.warehouse import Warehouse, quote
 
-__all__ = ["View", "make_room", "refresh"]
+__all__ = ["View", "drop_others", "make_room", "refresh"]
 
 MARK = "managed by pg-duckdb-cdc"
 """The comment on a view of ours."""
@@ -26,11 +26,22 @@ _SCHEMA = "main"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class View:
-    """`name` shows the mirrored table `schema`.`table`."""
+    """`name` shows the mirrored table `table` (``schema.table``)."""
 
     name: str
-    schema: str
     table: str
+
+
+def drop_others(warehouse: Warehouse, view: View | None) -> None:
+    """Drop views of ours that have another name than `view`: what an earlier setting asked for."""
+    found = warehouse.execute(
+        "SELECT view_name FROM duckdb_views() WHERE database_name = current_database() AND schema_name = ? "
+        "AND comment = ?",
+        [_SCHEMA, MARK],
+    )
+    for (name,) in found:
+        if view is None or folded(name) != folded(view.name):
+            warehouse.execute(f"DROP VIEW {warehouse.name(_SCHEMA, name)}")
 
 
 def make_room(warehouse: Warehouse, view: View, tables: Iterable[Table]) -> str:
@@ -68,7 +79,7 @@ def make_room(warehouse: Warehouse, view: View, tables: Iterable[Table]) -> str:
 
 def refresh(warehouse: Warehouse, view: View | None, table: Table) -> None:
     """Make `view` anew, if `table` is the one that it shows; its columns are new, or it is."""
-    if view is not None and (view.schema, view.table) == (table.schema, table.name):
+    if view is not None and view.table == str(table):
         there = "SELECT 1 FROM duckdb_tables() WHERE schema_name = ? AND table_name = ?"
         if not warehouse.execute(there, [table.schema, table.name]):
             return  # somebody has dropped it, or it comes under another name: with its next copy

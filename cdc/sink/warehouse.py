@@ -188,6 +188,11 @@ class Warehouse:
                     with contextlib.suppress(duckdb.Error):
                         lent.close()
 
+    @property
+    def guests(self) -> int:
+        """How many of them there are."""
+        return len(self._guests)
+
     def dismiss(self, *, for_good: bool = False) -> None:
         """Break off what guests do, so that the file can be closed; `for_good`: and admit nobody any more."""
         with self._door:

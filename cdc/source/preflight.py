@@ -12,7 +12,7 @@ from typing import Any, Literal
 from psycopg import sql
 
 from cdc.errors import SourceError
-from cdc.source import catalog, publication, slot
+from cdc.source import catalog, exclusion, publication, slot
 from cdc.source.catalog import TableDefinition
 from cdc.source.connection import Connection, translated
 
@@ -297,8 +297,10 @@ def _readables(connection: Connection, expected: Expected) -> list[_Readable]:
     published = catalog.published(connection, names)
     readables = [_Readable(table.oid, table.schema, table.name, table.columns) for table in published]
     if publication.is_ours(connection, expected.publication) is not False:
-        added = publication.plan(connection, expected.publication, expected.patterns, expected.exclude).added
-        readables += [_Readable(t.oid, t.schema, t.name, tuple(a.name for a in t.attributes)) for t in added]
+        planned = publication.plan(connection, expected.publication, expected.patterns, expected.exclude)
+        for table in planned.added:
+            columns = exclusion.listed(table, planned.excluded) or table.attributes
+            readables.append(_Readable(table.oid, table.schema, table.name, tuple(a.name for a in columns)))
     return readables
 
 

@@ -21,18 +21,20 @@ from cdc.errors import ConnectionLost, SourceError
 from cdc.source import catalog, exclusion
 from cdc.source.catalog import TableDefinition
 from cdc.source.connection import Connection, translated
+from cdc.source.exclusion import Excluded
 
 __all__ = [
     "MARK",
     "Plan",
     "append_name",
+    "coming",
     "drop",
     "ensure",
     "is_ours",
     "matches",
     "permitted",
     "plan",
-    "refuse_exclusion",
+    "refuse_columns",
     "setup_sql",
 ]
 
@@ -62,6 +64,7 @@ class Plan:
             stream until then: they have to be copied again.
         lost: tables that move from the first publication to the second, because their identity is not usable any more.
         relisted: tables that are published with other columns from here on.
+        excluded: the columns that are left out.
         statements: SQL, to be run in one transaction; empty if nothing is missing.
         creates: whether a publication is missing.
     """
@@ -71,6 +74,7 @@ class Plan:
     gained: tuple[TableDefinition, ...] = ()
     lost: tuple[TableDefinition, ...] = ()
     relisted: tuple[TableDefinition, ...] = ()
+    excluded: Excluded = dataclasses.field(default_factory=dict)
     statements: tuple[sql.Composed, ...] = ()
     creates: bool = False
 
@@ -125,7 +129,8 @@ def plan(connection: Connection, name: str, patterns: Sequence[str], exclude: Se
     # What was listed once stays, whatever the patterns say now, in the publication that fits it.
     tables |= catalog.definitions(connection, sorted((listed.keys() | listed_append.keys()) - tables.keys()))
     creates = [*([] if first else _create(name, _ALL)), *([] if second else _create(append_name(name), _APPEND))]
-    return _plan(name, creates, (listed, listed_append), list(tables.values()), exclude)
+    excluded = exclusion.excluded(tables.values(), exclude, {**listed_append, **listed})
+    return _plan(name, creates, (listed, listed_append), list(tables.values()), excluded)
 
 
 def ensure(connection: Connection, name: str, patterns: Sequence[str], exclude: Sequence[str] = ()) -> tuple[str, ...]:
@@ -154,34 +159,48 @@ def ensure(connection: Connection, name: str, patterns: Sequence[str], exclude: 
         if not planned.statements:
             return planned.names
         change = _apply if planned.creates else _change
-        if change(connection, name, planned, exclude):
+        if change(connection, name, planned):
             return planned.names
     raise ConnectionLost(f"publication {name}: the tables' definitions change all the time", "try again in a moment")
 
 
-def refuse_exclusion(
-    connection: Connection, name: str, patterns: Sequence[str], exclude: Sequence[str], *, strict: bool
+def coming(connection: Connection, name: str, patterns: Sequence[str]) -> list[TableDefinition]:
+    """Return the tables that are published, or that `ensure` would publish.
+
+    Raises:
+        ConnectionLost, SourceError: the catalog cannot be read.
+    """
+    names = (name, append_name(name))
+    if is_ours(connection, name) is False:
+        published = {table.oid for table in catalog.published(connection, names)}
+        return list(catalog.definitions(connection, sorted(published)).values())
+    members = {oid for each in _read(connection, names).values() for oid in each.members}
+    tables = {table.oid: table for table in catalog.user_tables(connection) if matches(table, patterns)}
+    return list((tables | catalog.definitions(connection, sorted(members - tables.keys()))).values())
+
+
+def refuse_columns(
+    connection: Connection,
+    name: str,
+    tables: Sequence[TableDefinition],
+    exclude: Sequence[str],
+    masked: Iterable[str],
 ) -> None:
-    """Refuse a CDC_EXCLUDE that cannot be kept, or would do harm; change nothing.
+    """Refuse a CDC_EXCLUDE or CDC_MASK that cannot be kept, or would do harm; change nothing.
 
     Args:
-        strict: see `exclusion.refuse`.
+        tables: that are `coming`.
+        masked: the columns of CDC_MASK.
 
     Raises:
         SettingsError: see exclusion.py.
         ConnectionLost, SourceError: the catalog cannot be read.
     """
-    if not exclude:
-        return
-    names = (name, append_name(name))
-    existing = _read(connection, names)
-    if name in existing and not existing[name].ours:
-        exclusion.refuse_published(catalog.published(connection, names), exclude, name)
-        return
-    members = {oid for each in existing.values() for oid in each.members}
-    tables = {table.oid: table for table in catalog.user_tables(connection) if matches(table, patterns)}
-    tables |= catalog.definitions(connection, sorted(members - tables.keys()))
-    exclusion.refuse(tables.values(), exclude, strict=strict)
+    if exclude and is_ours(connection, name) is False:
+        exclusion.refuse_published(catalog.published(connection, (name, append_name(name))), exclude, name)
+    else:
+        exclusion.refuse(tables, exclude)
+    exclusion.refuse_masks(tables, masked)
 
 
 def drop(connection: Connection, name: str) -> tuple[str, ...]:
@@ -274,24 +293,24 @@ def _plan(
     creates: list[sql.Composed],
     listed: tuple[_Members, _Members],
     tables: list[TableDefinition],
-    exclude: Sequence[str],
+    excluded: Excluded,
 ) -> Plan:
     """Plan for `tables`; `listed`: what the first and the second publication hold now."""
-    usable = [table for table in tables if exclusion.fits(table, exclude)]
-    unusable = [table for table in tables if not exclusion.fits(table, exclude)]
+    usable = [table for table in tables if exclusion.fits(table, excluded)]
+    unusable = [table for table in tables if not exclusion.fits(table, excluded)]
     first, second = listed
     lost = [table for table in unusable if table.oid in first]
     gained = [table for table in usable if table.oid in second]
     relisted = [
-        [table for table in fitting if table.oid in members and members[table.oid] != _attnums(table, exclude)]
+        [table for table in fitting if table.oid in members and members[table.oid] != _attnums(table, excluded)]
         for fitting, members in ((usable, first), (unusable, second))
     ]
     statements = [
         *creates,
         *_alter(name, "DROP", [*lost, *relisted[0]]),
         *_alter(append_name(name), "DROP", [*gained, *relisted[1]]),
-        *_alter(append_name(name), "ADD", [t for t in unusable if t.oid not in second] + relisted[1], exclude),
-        *_alter(name, "ADD", [t for t in usable if t.oid not in first] + relisted[0], exclude),
+        *_alter(append_name(name), "ADD", [t for t in unusable if t.oid not in second] + relisted[1], excluded),
+        *_alter(name, "ADD", [t for t in usable if t.oid not in first] + relisted[0], excluded),
     ]
     return Plan(
         names=(name, append_name(name)),
@@ -299,17 +318,18 @@ def _plan(
         gained=tuple(gained),
         lost=tuple(lost),
         relisted=tuple(relisted[0] + relisted[1]),
+        excluded=excluded,
         statements=tuple(statements),
         creates=bool(creates),
     )
 
 
-def _attnums(table: TableDefinition, exclude: Sequence[str]) -> frozenset[int] | None:
-    columns = exclusion.listed(table, exclude)
+def _attnums(table: TableDefinition, excluded: Excluded) -> frozenset[int] | None:
+    columns = exclusion.listed(table, excluded)
     return None if columns is None else frozenset(column.attnum for column in columns)
 
 
-def _change(connection: Connection, name: str, planned: Plan, exclude: Sequence[str]) -> bool:
+def _change(connection: Connection, name: str, planned: Plan) -> bool:
     """Run the plan table by table, as far as our rights allow; whether each was done, or is not ours to do.
 
     Raises:
@@ -320,7 +340,7 @@ def _change(connection: Connection, name: str, planned: Plan, exclude: Sequence[
     done, locked = True, None
     for table in permitted(connection, name, planned.changed):
         try:
-            done &= _apply(connection, name, _plan(name, [], (first, second), [table], exclude), exclude)
+            done &= _apply(connection, name, _plan(name, [], (first, second), [table], planned.excluded))
         except SourceError as error:
             if error.sqlstate != _LOCKED:
                 raise
@@ -330,14 +350,15 @@ def _change(connection: Connection, name: str, planned: Plan, exclude: Sequence[
     return done
 
 
-def _apply(connection: Connection, name: str, planned: Plan, exclude: Sequence[str]) -> bool:
+def _apply(connection: Connection, name: str, planned: Plan) -> bool:
     """Run the plan; whether the tables, now that they are locked, still are what it was made for."""
     with translated(f"publication {name}"), connection.transaction() as transaction:
         connection.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'".encode())
         for statement in planned.statements:
             connection.execute(statement)
         now = catalog.definitions(connection, [table.oid for table in planned.changed])
-        same = all(t.oid in now and _standing(now[t.oid], exclude) == _standing(t, exclude) for t in planned.changed)
+        out = planned.excluded
+        same = all(t.oid in now and _standing(now[t.oid], out) == _standing(t, out) for t in planned.changed)
         if not same:
             transaction.force_rollback = True
     return same
@@ -353,25 +374,25 @@ def _create(name: str, publish: str) -> list[sql.Composed]:
     ]
 
 
-def _standing(table: TableDefinition, exclude: Sequence[str]) -> tuple[bool, frozenset[int] | None]:
+def _standing(table: TableDefinition, excluded: Excluded) -> tuple[bool, frozenset[int] | None]:
     """Return what decides where and how `table` is published."""
-    return exclusion.fits(table, exclude), _attnums(table, exclude)
+    return exclusion.fits(table, excluded), _attnums(table, excluded)
 
 
 def _alter(
-    name: str, action: str, tables: Iterable[TableDefinition], exclude: Sequence[str] = ()
+    name: str, action: str, tables: Iterable[TableDefinition], excluded: Excluded | None = None
 ) -> list[sql.Composed]:
-    entries = [_entry(table, exclude if action == "ADD" else ()) for table in tables]
+    entries = [_entry(table, excluded or {}) for table in tables]
     if not entries:
         return []
     change = sql.SQL(f"ALTER PUBLICATION {{}} {action} TABLE {{}}")
     return [change.format(sql.Identifier(name), sql.SQL(", ").join(entries))]
 
 
-def _entry(table: TableDefinition, exclude: Sequence[str]) -> sql.Composed:
+def _entry(table: TableDefinition, excluded: Excluded) -> sql.Composed:
     # ONLY: the children of a table (by inheritance) are tables of their own, which may not match.
     only = sql.SQL("ONLY {}").format(_identifier(table))
-    columns = exclusion.listed(table, exclude)
+    columns = exclusion.listed(table, excluded)
     if columns is None:
         return only
     return sql.SQL("{} ({})").format(only, sql.SQL(", ").join(sql.Identifier(column.name) for column in columns))

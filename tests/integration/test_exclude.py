@@ -149,3 +149,23 @@ def test_setup(database: Database, lake: Lake) -> None:
     mirror_once(lake, database.dsn, exclude=EXCLUDE)
     assert columns(lake, "people") == ["id", "name"]
     database.execute("DROP OWNED BY cdc; DROP ROLE cdc")
+
+
+def test_names_that_change(database: Database, lake: Lake) -> None:
+    """H1, H8: what gets another name stays out, whatever is added beside it, until CDC_EXCLUDE is put right."""
+    database.execute(TABLES)
+    exclude = "public.people.iban,public.log.who"
+    with Consumer(lake, database.dsn, exclude=exclude, flush_interval="50ms") as consumer:
+        await_states(consumer, lake, "streaming", "public.people", "public.log")
+        database.execute("ALTER TABLE people RENAME iban TO account; ALTER TABLE log RENAME TO journal")
+        database.execute("ALTER TABLE people ADD city text; ALTER TABLE people REPLICA IDENTITY FULL")
+        until(lambda: "no longer published" in consumer.output or "another way" in consumer.output, 30)
+        database.execute("UPDATE people SET account = 'secret a', name = 'z' WHERE id = 1")
+        database.execute("INSERT INTO journal VALUES (3, 'secret', 'z')")
+        settle(consumer, database, lake)
+        assert consumer.stop() == 0
+    assert columns(lake, "people") == ["id", "name", "born"]
+    assert all(b"secret" not in file.read_bytes() for file in lake.root.rglob("*") if file.is_file())
+    error, hint = refused(call(lake, database.dsn, "run", "--once", exclude=exclude), 2)
+    assert "there is no column public.log.who" in error
+    assert "renamed" in hint

@@ -87,6 +87,13 @@ def test_the_view_follows_its_table(database: Database, tmp_path: Path) -> None:
         with duckdb.connect(variables["DUCKDB_PATH"], read_only=True) as warehouse:
             return [row[0] for row in warehouse.execute("DESCRIBE analytics_subscriptions").fetchall()]
 
+    def warehouse_views() -> list[str]:
+        with duckdb.connect(variables["DUCKDB_PATH"], read_only=True) as warehouse:
+            found = warehouse.execute(
+                "SELECT view_name FROM duckdb_views() WHERE NOT internal AND schema_name = 'main'"
+            )
+            return [name for (name,) in found.fetchall()]
+
     before = columns()
     database.execute(
         "ALTER TABLE subscriptions ADD country text DEFAULT 'at'; INSERT INTO subscriptions VALUES "
@@ -99,6 +106,9 @@ def test_the_view_follows_its_table(database: Database, tmp_path: Path) -> None:
     assert cdc(variables, tmp_path, "resync", "--all").returncode == 0
     assert cdc(variables, tmp_path, "run", "--once").returncode == 0
     assert columns() == [name for name in [*before, "country"] if name != "plan"]
+    assert cdc(variables | {"DUCKDB_TABLE": "other"}, tmp_path, "run", "--once").returncode == 0
+    assert warehouse_views() == ["other"], "the earlier one would only mislead"
+    assert cdc(variables, tmp_path, "run", "--once").returncode == 0
     with duckdb.connect(variables["DUCKDB_PATH"], read_only=True) as warehouse:
         found = warehouse.execute("SELECT count(*), count(country) FROM Analytics_Subscriptions").fetchall()
     assert found == [(100, 100)]
@@ -131,6 +141,7 @@ def test_another_primary_key_is_refused(database: Database, tmp_path: Path) -> N
     error, hint = refused(done, 2)
     assert error == "POSTGRES_PRIMARY_KEY is email, but the rows of public.subscriptions are identified by id"
     assert "REPLICA IDENTITY" in hint
+    assert database.execute("SELECT count(*) FROM pg_publication") == [(0,)], "nothing is made before"
 
 
 def test_starting_afresh(database: Database, tmp_path: Path) -> None:

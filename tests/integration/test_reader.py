@@ -8,13 +8,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pytest
 
 from cdc.sink.answers import CLIENTS, Answers
+from cdc.sink.apply import apply
 from cdc.sink.reader import socket_paths
 from cdc.sink.warehouse import Warehouse
 from tests.conftest import Database, Lake
@@ -292,3 +295,38 @@ def test_answers_under_backlog(database: Database, lake: Lake) -> None:
     assert counts == sorted(counts)
     assert 0 < counts[-1] < rows
     assert locked >= 2, "the file was free most of the time"
+
+
+@pg18
+def test_the_stream_goes_before_queries(database: Database, lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share CDC_MEMORY: where it does not do for both, the batch comes again without them, and nothing is lost."""
+    database.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    mirror_once(lake, database.dsn)
+    database.execute("INSERT INTO t VALUES (1), (2)")
+    real: Callable[..., None] = apply
+    lent: list[Any] = []
+    with ExitStack() as stack:
+
+        def crowded(warehouse: Warehouse, *rest: Any) -> None:
+            if not lent:
+                lent.append(stack.enter_context(warehouse.guest()))
+                real(warehouse, *rest)
+                raise duckdb.OutOfMemoryException("failed to allocate data")
+            real(warehouse, *rest)
+
+        monkeypatch.setattr("cdc.sink.sink.apply", crowded)
+        said = mirror_once(lake, database.dsn)
+        with pytest.raises(duckdb.Error):
+            lent[0].execute("SELECT 1")
+    assert "queries were broken off" in said
+    connection = duckdb.connect(str(lake.warehouse), read_only=True)
+    assert connection.execute("SELECT id FROM public.t ORDER BY 1").fetchall() == [(1,), (2,)]
+    connection.close()
+    database.execute("INSERT INTO t VALUES (3)")
+    monkeypatch.setattr("cdc.sink.sink.apply", _short_of_memory)
+    with pytest.raises(Exception, match="cannot be written"):
+        mirror_once(lake, database.dsn)
+
+
+def _short_of_memory(*_: Any) -> None:
+    raise duckdb.OutOfMemoryException("failed to allocate data")

@@ -189,3 +189,32 @@ def test_a_broken_file() -> None:
 def test_crash_points_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CDC_CRASH_AT", "before_ack:1")
     assert load({}).slot == "cdc"
+
+
+def test_the_predecessors_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong is named as it was given; what has no effect is refused."""
+    monkeypatch.setenv("SYNC_INTERVAL_SECONDS", "soon")
+    assert str(refused()).startswith("SYNC_INTERVAL_SECONDS: not a duration")
+    monkeypatch.delenv("SYNC_INTERVAL_SECONDS")
+    for table in ("public.orders", "ord*"):
+        monkeypatch.setenv("POSTGRES_TABLE", table)
+        assert str(refused()) == f"POSTGRES_TABLE must be the name of one table, and is {table}"
+    monkeypatch.delenv("POSTGRES_TABLE")
+    monkeypatch.setenv("POSTGRES_PRIMARY_KEY", "id")
+    assert (load({}).view_of, load({}).view) == ("public.subscriptions", "")
+    monkeypatch.delenv("POSTGRES_PRIMARY_KEY")
+    assert str(refused({"view": "orders"})) == "CDC_VIEW needs CDC_VIEW_OF"
+    assert str(refused({"primary_key": "id"})) == "CDC_PRIMARY_KEY needs CDC_VIEW_OF"
+
+
+def test_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By column; the key is in no text that is printed."""
+    monkeypatch.setenv("CDC_MASK", "s.t.a:hmac, s.t.b:null,s.t.c.d:hash")
+    monkeypatch.setenv("CDC_MASK_KEY", "very secret")
+    settings = load({})
+    assert {name: mask.kind for name, mask in settings.masks.items()} == {
+        "s.t.a": "hmac",
+        "s.t.b": "null",
+        "s.t.c.d": "hash",
+    }
+    assert "very secret" not in f"{settings!r} {settings.masks!r}"
