@@ -6,8 +6,8 @@ import click
 
 from cdc.cli.options import with_settings
 from cdc.settings import Settings
-from cdc.source import publication
 from cdc.source.connection import connect, translated
+from cdc.source.owner import SERVICES, setup_sql
 
 __all__ = ["setup"]
 
@@ -16,7 +16,7 @@ __all__ = ["setup"]
 @click.option("--role", default="cdc", show_default=True, help="the role that the consumer will use")
 @click.option(
     "--service",
-    type=click.Choice(["own", "rds", "cloudsql", "azure"]),
+    type=click.Choice(SERVICES),
     default="own",
     show_default=True,
     help="who runs the server",
@@ -32,14 +32,7 @@ def setup(settings: Settings, role: str, service: str, apply: bool) -> None:
       cdc setup --service rds
     """
     with connect(settings.dsn) as connection:
-        script = publication.setup_sql(
-            connection,
-            settings.publication,
-            settings.tables,
-            role,
-            "" if service == "own" else service,
-            settings.exclude,
-        )
+        script = setup_sql(connection, settings.publication, settings.tables, role, service, settings.exclude)
         if not apply:
             click.echo(script, nl=False)
             return

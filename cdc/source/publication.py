@@ -30,12 +30,13 @@ __all__ = [
     "coming",
     "drop",
     "ensure",
+    "identifier",
     "is_ours",
     "matches",
     "permitted",
     "plan",
     "refuse_columns",
-    "setup_sql",
+    "render",
 ]
 
 MARK = "managed by pg-duckdb-cdc"
@@ -218,7 +219,7 @@ def drop(connection: Connection, name: str) -> tuple[str, ...]:
                 connection.execute(statement)
     except SourceError as error:
         if error.sqlstate == "42501":
-            error.hint = f"as its owner: {' '.join(_render(connection, statements))}"
+            error.hint = f"as its owner: {' '.join(render(connection, statements))}"
         raise
     return ours
 
@@ -248,44 +249,6 @@ def permitted(connection: Connection, name: str, tables: Sequence[TableDefinitio
         return []
     owned = catalog.owned(connection, [table.oid for table in tables])
     return [table for table in tables if table.oid in owned]
-
-
-def setup_sql(
-    connection: Connection,
-    name: str,
-    patterns: Sequence[str],
-    role: str,
-    service: str = "",
-    exclude: Sequence[str] = (),
-) -> str:
-    """Return the SQL that the database's owner has to run once, as a script with comments.
-
-    Args:
-        connection: as a role that may read the catalogs; nothing is changed.
-        name: CDC_PUBLICATION.
-        patterns: CDC_TABLES.
-        role: that the consumer will use.
-        service: '' for a server of one's own, or rds, cloudsql, azure.
-        exclude: CDC_EXCLUDE.
-
-    Raises:
-        ConnectionLost, SourceError: as `plan`.
-    """
-    planned = plan(connection, name, patterns, exclude)
-    tables = [table for table in catalog.user_tables(connection) if matches(table, patterns)]
-    lines = [
-        *_settings_sql(connection, service),
-        "",
-        "-- The role of the consumer. Choose a password for it: \\password " + role,
-        *_role_sql(connection, role, service),
-        "",
-        "-- What it reads.",
-        *_render(connection, _grants(connection, role, tables)),
-        "",
-        "-- What is published: the tables' owner (or a superuser) has to run this.",
-        *(_render(connection, planned.statements) or ["-- nothing is missing"]),
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def _plan(
@@ -391,14 +354,15 @@ def _alter(
 
 def _entry(table: TableDefinition, excluded: Excluded) -> sql.Composed:
     # ONLY: the children of a table (by inheritance) are tables of their own, which may not match.
-    only = sql.SQL("ONLY {}").format(_identifier(table))
+    only = sql.SQL("ONLY {}").format(identifier(table))
     columns = exclusion.listed(table, excluded)
     if columns is None:
         return only
     return sql.SQL("{} ({})").format(only, sql.SQL(", ").join(sql.Identifier(column.name) for column in columns))
 
 
-def _identifier(table: TableDefinition) -> sql.Identifier:
+def identifier(table: TableDefinition) -> sql.Identifier:
+    """Return a table's name, quoted."""
     return sql.Identifier(table.schema, table.name)
 
 
@@ -421,54 +385,6 @@ def _read(connection: Connection, names: Sequence[str]) -> dict[str, _Publicatio
     }
 
 
-def _settings_sql(connection: Connection, service: str) -> list[str]:
-    if service == "rds":
-        return ["-- Parameter group: rds.logical_replication = 1, then reboot."]
-    if service == "cloudsql":
-        return ["-- Database flag: cloudsql.logical_decoding = on, then restart."]
-    if service == "azure":
-        return ["-- Server parameter: wal_level = logical, then restart."]
-    entry = "pg_hba.conf must let the role in, for this database"
-    with translated("read wal_level"):
-        ((wal_level,),) = connection.execute("SHOW wal_level").fetchall()
-    if wal_level == "logical":
-        return [f"-- wal_level is logical already; {entry}."]
-    return [f"-- As a superuser, then restart the server; {entry}.", "ALTER SYSTEM SET wal_level = 'logical';"]
-
-
-def _role_sql(connection: Connection, role: str, service: str) -> list[str]:
-    with translated(f"read role {role}"):
-        query = "SELECT rolcanlogin AND rolreplication FROM pg_roles WHERE rolname = %s"
-        found = connection.execute(query, [role]).fetchone()
-    exists = found is not None
-    if found == (True,) and service != "rds":
-        return ["-- It is there already, and may replicate."]
-    name = sql.Identifier(role)
-    statements: list[sql.Composed] = []
-    if service == "rds":
-        statements += [] if exists else [sql.SQL("CREATE ROLE {} LOGIN").format(name)]
-        statements += [sql.SQL("GRANT rds_replication TO {}").format(name)]
-    else:
-        verb = "ALTER" if exists else "CREATE"
-        statements += [sql.SQL(f"{verb} ROLE {{}} LOGIN REPLICATION").format(name)]
-    return _render(connection, statements)
-
-
-def _grants(connection: Connection, role: str, tables: Sequence[TableDefinition]) -> list[sql.Composed]:
-    name = sql.Identifier(role)
-    schemas = sorted({table.schema for table in tables})
-    database = sql.Identifier(connection.info.dbname)
-    grants: list[sql.Composed] = [sql.SQL("GRANT CONNECT ON DATABASE {} TO {}").format(database, name)]
-    for schema in schemas:
-        grants.append(sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(sql.Identifier(schema), name))
-        grants.append(
-            sql.SQL("ALTER DEFAULT PRIVILEGES IN SCHEMA {} GRANT SELECT ON TABLES TO {}").format(
-                sql.Identifier(schema), name
-            )
-        )
-    grants += [sql.SQL("GRANT SELECT ON {} TO {}").format(_identifier(table), name) for table in tables]
-    return grants
-
-
-def _render(connection: Connection, statements: Iterable[sql.Composed]) -> list[str]:
+def render(connection: Connection, statements: Iterable[sql.Composed]) -> list[str]:
+    """Return statements as text, each with its semicolon."""
     return [statement.as_string(connection) + ";" for statement in statements]

@@ -766,6 +766,8 @@ def test_setup_of_managed_services(database: Database, lake: Lake) -> None:
         ("rds", ["rds.logical_replication = 1", 'GRANT rds_replication TO "cdc"']),
         ("cloudsql", ["cloudsql.logical_decoding = on", 'CREATE ROLE "cdc" LOGIN REPLICATION']),
         ("azure", ["wal_level = logical", 'CREATE ROLE "cdc" LOGIN REPLICATION']),
+        ("supabase", ["not by the pooler", 'CREATE ROLE "cdc" LOGIN REPLICATION']),
+        ("neon", ["host without -pooler", "Make cdc in the console"]),
     ):
         script = done(lake, database.dsn, "setup", "--service", service)
         assert all(word in script for word in [*words, 'GRANT SELECT ON "public"."t" TO "cdc"'])

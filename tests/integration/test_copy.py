@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from cdc.embedded import EmbeddedServer
-from cdc.source import publication
+from cdc.source import owner
 from cdc.source.connection import connect
 from tests.conftest import Database, Lake
 from tests.integration.copies import (
@@ -325,7 +325,7 @@ def test_shapes_of_tables(reader: str, database: Database, lake: Lake) -> None:
     """K7, F3, F6: copied as the application sees each table, by a role that may read just what `cdc setup` grants."""
     database.execute(SHAPES)
     with connect(database.dsn) as connection:
-        script = publication.setup_sql(connection, "cdc", (), reader)
+        script = owner.setup_sql(connection, "cdc", (), reader)
     kept = [line for line in script.splitlines() if not line.startswith(("--", "ALTER SYSTEM"))]
     database.execute("\n".join(kept))
     dsn = database.dsn.replace("postgres@", f"{reader}@")

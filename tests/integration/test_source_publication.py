@@ -10,7 +10,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from cdc.errors import SourceError
-from cdc.source import catalog, publication
+from cdc.source import catalog, owner, publication
 from cdc.source.connection import connect
 from tests.conftest import Database
 
@@ -178,8 +178,8 @@ def test_without_rights_and_with_the_sql_of_setup(database: Database) -> None:
             assert caught.value.sqlstate == "42501"
             assert "setup" in caught.value.hint
         with connect(database.dsn) as connection:
-            script = publication.setup_sql(connection, "cdc", (), role)
-            assert "rds.logical_replication" in publication.setup_sql(connection, "cdc", (), role, "rds")
+            script = owner.setup_sql(connection, "cdc", (), role)
+            assert "rds.logical_replication" in owner.setup_sql(connection, "cdc", (), role, "rds")
         lines = [line for line in script.splitlines() if not line.startswith(("--", "ALTER SYSTEM"))]
         database.execute("\n".join(lines))
         with connect(dsn) as connection:
