@@ -27,9 +27,10 @@ from cdc.pgoutput.masks import Mask
 from cdc.pgoutput.messages import Column
 from cdc.settings import Settings
 from cdc.sink.checkpoint import StoredColumn
+from cdc.sink.evolve import COPY_SEQ
 from cdc.sink.history import History, HistoryFile, as_log
 from cdc.sink.schema import masks_of
-from cdc.sink.sink import COPY_SEQ, CopiedChunk
+from cdc.sink.staging import CopiedChunk, CopiedTable
 from cdc.source import fence
 from cdc.source.connection import connect
 from cdc.source.slot import Blocker
@@ -44,19 +45,15 @@ _PUT_S = 0.2
 class CopyBegun:
     """The copy's snapshot is taken; it may come again for the same copy, which then begins from nothing."""
 
-    oid: int
-    snapshot: Snapshot
-    columns: tuple[StoredColumn, ...]
+    table: CopiedTable
+    estimate_bytes: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Copied:
     """All rows of the copy have been put."""
 
-    oid: int
-    snapshot: Snapshot
-    columns: tuple[StoredColumn, ...]
-    key: tuple[str, ...]
+    table: CopiedTable
     rows: int
     files: tuple[HistoryFile, ...]
 
@@ -154,7 +151,7 @@ class Copy:
                     # Of its own at each try: the server may not have noticed yet that an earlier one was given up.
                     f"{self._settings.slot[:40]}_copy_{secrets.token_hex(4)}",
                     limits,
-                    started=lambda snapshot: self._put(CopyBegun(self.oid, snapshot, self._stored(snapshot))),
+                    started=lambda snapshot: self._put(CopyBegun(self._copied(snapshot), snapshot.estimate_bytes)),
                     rows=self._chunk,
                     waiting=lambda blockers, waited_s: self._waiting(blockers, waited_s, self._name),
                     stopping=self._stopping.is_set,
@@ -162,7 +159,7 @@ class Copy:
                 # A commit of our own behind L: on an idle server the stream would not soon go past L.
                 with connect(self._settings.dsn) as connection:
                     fence.emit(connection)
-        return Copied(self.oid, snapshot, self._stored(snapshot), _key(snapshot), self._rows, tuple(self._files))
+        return Copied(self._copied(snapshot), self._rows, tuple(self._files))
 
     def _chunk(self, snapshot: Snapshot, data: bytes, count: int) -> None:
         """Decode some rows, write them for the history, and put them. Runs in the workers' threads."""
@@ -200,8 +197,21 @@ class Copy:
         key = [index for index, name in enumerate(names) if name in _key(snapshot)]
         return masks_of(self._masks, self.oid, (self._name, str(snapshot.published)), names, key)
 
-    def _stored(self, snapshot: Snapshot) -> tuple[StoredColumn, ...]:
+    def _copied(self, snapshot: Snapshot) -> CopiedTable:
         """Return what is copied, as the warehouse has it."""
+        definition = snapshot.definition
+        return CopiedTable(
+            self.oid,
+            definition.schema,
+            definition.name,
+            snapshot.lsn,
+            definition.storage,
+            definition.natts,
+            self._stored(snapshot),
+            _key(snapshot),
+        )
+
+    def _stored(self, snapshot: Snapshot) -> tuple[StoredColumn, ...]:
         attnums = {attribute.name: attribute.attnum for attribute in snapshot.definition.attributes}
         masks = self._masked(snapshot)
         stored = []

@@ -18,11 +18,12 @@ from cdc.copier import Copied, Copy, CopyBegun, CopyFailed, CopyItem
 from cdc.errors import CdcError, ConnectionLost, SinkError, TableError
 from cdc.settings import Settings
 from cdc.sink.checkpoint import Table
-from cdc.sink.sink import CopiedChunk, Resync, Sink
-from cdc.source.catalog import TableDefinition
+from cdc.sink.evolve import Resync
+from cdc.sink.sink import Sink
+from cdc.sink.staging import CopiedChunk
 from cdc.source.slot import Blocker
 
-__all__ = ["Copies", "Observer", "storage"]
+__all__ = ["Copies", "Observer"]
 
 PATIENCE_S = 2.0
 """How long the end of a copy that was given up is waited for."""
@@ -94,7 +95,7 @@ class Copies:
     @property
     def wanted(self) -> int | None:
         """The position that the checkpoint has to reach for the next swap."""
-        return self._copied.snapshot.lsn if self._copied is not None else None
+        return self._copied.table.lsn if self._copied is not None else None
 
     def step(self, acquire: Callable[[], None]) -> None:
         """Take one thing that the copy in hand has made; swap in what the checkpoint has reached; begin the next.
@@ -105,7 +106,7 @@ class Copies:
         if self.ready:
             acquire()
             self._take()
-        if self._copied is not None and self._sink.position >= self._copied.snapshot.lsn:
+        if self._copied is not None and self._sink.position >= self._copied.table.lsn:
             acquire()
             self._swap()
         if self._copy is None and self._copied is None and self._next_table() is not None:
@@ -118,7 +119,7 @@ class Copies:
         if self._copy is not None and self._copy.oid == oid:
             self._copy.stop(PATIENCE_S)
             self._copy = None
-        if self._copied is not None and self._copied.oid == oid:
+        if self._copied is not None and self._copied.table.oid == oid:
             self._sink.history.remove_temporary(self._copied.files)
             self._copied = None
 
@@ -127,7 +128,7 @@ class Copies:
         if self._copy is not None:
             self.drop(self._copy.oid)
         if self._copied is not None:
-            self.drop(self._copied.oid)
+            self.drop(self._copied.table.oid)
 
     def _next_table(self) -> Table | None:
         tables = self._sink.ledger.tables.values()
@@ -154,8 +155,8 @@ class Copies:
     def _item(self, item: CopyItem) -> None:
         match item:
             case CopyBegun():
-                self._sink.begin_rows(item.oid, item.columns)
-                self._progress = _Progress(str(item.snapshot.published), item.snapshot.estimate_bytes)
+                self._sink.begin_rows(item.table)
+                self._progress = _Progress(str(item.table), item.estimate_bytes)
             case CopiedChunk():
                 self._sink.stage(item)
                 self._progress.rows += item.rows.num_rows
@@ -172,17 +173,14 @@ class Copies:
         copied, self._copied = self._copied, None
         if copied is None:
             return
-        snapshot = copied.snapshot
         try:
-            self._sink.swap(
-                copied.oid, snapshot.lsn, storage(snapshot.definition), copied.columns, copied.key, copied.files
-            )
+            self._sink.swap(copied.table, copied.files)
         except ConnectionLost as error:  # the catalog was needed, to follow DDL
-            self._fail(Resync(f"the copy of {snapshot.published} begins again: {error}", copied.oid))
+            self._fail(Resync(f"the copy of {copied.table} begins again: {error}", copied.table.oid))
         except TableError as error:
             self._fail(error)
         else:
-            self._observer.copied(str(snapshot.published), copied.rows)
+            self._observer.copied(str(copied.table), copied.rows)
 
     def _fail(self, error: TableError) -> None:
         self.drop(error.oid)
@@ -190,11 +188,6 @@ class Copies:
         if table is None:
             raise error
         self._observer.event("table", table=str(table), state=table.state, reason=str(error), hint=error.hint)
-
-
-def storage(definition: TableDefinition) -> str:
-    """Return the relfilenodes of a table and its partitions, as ``_cdc.tables`` keeps them."""
-    return ",".join(f"{oid}:{node}" for oid, node in definition.relfilenodes)
 
 
 def _of_table(failed: CopyFailed) -> CdcError:

@@ -14,34 +14,37 @@ decoder that knows nothing.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
 
 import duckdb
-import pyarrow as pa
 import stamina
 
-from cdc.copies import Copies, Observer, storage
+from cdc.copies import Copies, Observer
 from cdc.errors import ConnectionLost, SinkError, TableError, WarehouseBusy
 from cdc.failpoints import reach
+from cdc.live import live_table, relation_of
 from cdc.lsn import format_lsn
 from cdc.pgoutput.decoder import Decoder
-from cdc.pgoutput.masks import Mask, chosen
-from cdc.pgoutput.messages import Column, WireBatch
-from cdc.reconcile import again, reconcile
+from cdc.pgoutput.messages import WireBatch
+from cdc.reconcile import Verdict, again, judge, reconcile
 from cdc.settings import Settings
 from cdc.sink.answers import Answers
 from cdc.sink.checkpoint import Table
+from cdc.sink.evolve import Resync
 from cdc.sink.history import History
-from cdc.sink.schema import LiveColumn, LiveTable
-from cdc.sink.sink import Resync, Sink
+from cdc.sink.schema import LiveTable
+from cdc.sink.sink import Sink
+from cdc.sink.storage import read as read_storage
 from cdc.sink.view import View
 from cdc.sink.warehouse import ConsumerLock, Warehouse
 from cdc.source import catalog, fence
-from cdc.source.catalog import Attribute, PublishedTable
+from cdc.source.catalog import TableDefinition
 from cdc.source.connection import connect
+from cdc.source.look import Look, look
 from cdc.source.slot import Blocker, Slot
 from cdc.source.stream import NEVER, Idle, Item, Limits, Receiver, StreamEnded
 from cdc.source.watcher import Watcher
@@ -102,9 +105,9 @@ class Pipeline:
         self._inbox: queue.Queue[Item] = queue.Queue(QUEUE_BATCHES)
         self._receiver: Receiver | None = None
         self._decoder = Decoder(0)
-        # By the fence that follows it: what was published then. Tables that are gone from it are so in the stream, too,
-        # once the fence has come; until then their last changes may still be on their way.
-        self._fences: dict[bytes, list[PublishedTable]] = {}
+        # By the fence that follows it: how the catalog was then. So it is in the stream, too, once the fence has come;
+        # until then changes from before may still be on their way.
+        self._fences: dict[bytes, Look] = {}
 
     # From outside
 
@@ -196,6 +199,7 @@ class Pipeline:
                 if not self._warehouse.in_transaction:
                     self._reconcile(watcher.latest())
                     copies.step(self._acquire)
+                    self._tell()
                 if self._receiver is not None:
                     self._receiver.wanted = NEVER if copies.wanted is None else copies.wanted
                 self._let_go(busy=not self._inbox.empty() or copies.ready or _backlogged(item))
@@ -358,24 +362,67 @@ class Pipeline:
     # Tables
 
     def _fence(self) -> None:
-        """Ask what is published, and mark the place in the stream from which on that holds."""
+        """Look at the catalog, and mark the place in the stream from which on that holds."""
+        storages = (read_storage(table.storage) for table in self._sink.ledger.tables.values())
+        known = {oid for storage in storages if storage is not None for oid in storage.members}
         with connect(self._settings.dsn) as connection:
-            published = catalog.published(connection, self._publications)
-            self._fences[fence.emit(connection)] = published
+            seen = look(connection, self._publications, known)
+            self._fences[fence.emit(connection)] = seen
 
     def _pass_fences(self, contents: set[bytes]) -> None:
-        """The stream has come past these fences: what was gone by then is gone."""
+        """The stream has come past these fences: what was so by then is so here."""
         for token in contents & self._fences.keys():
-            self._change(reconcile(self._sink.ledger.tables.values(), self._fences.pop(token), gone=True))
+            seen = self._fences.pop(token)
+            for oid in seen.definitions:
+                self._judge(oid, seen)
+            self._change(reconcile(self._sink.ledger.tables.values(), seen.published, gone=True))
 
-    def _reconcile(self, published: list[PublishedTable] | None) -> None:
+    def _reconcile(self, seen: Look | None) -> None:
         """Take in what a poll has found."""
-        if published is None:
+        if seen is None:
             return
-        self._change(reconcile(self._sink.ledger.tables.values(), published, gone=False))
-        if not self._fences and reconcile(self._sink.ledger.tables.values(), published, gone=True):
+        self._change(reconcile(self._sink.ledger.tables.values(), seen.published, gone=False))
+        differs = reconcile(self._sink.ledger.tables.values(), seen.published, gone=True) or any(
+            self._verdict(oid, seen) for oid in seen.definitions
+        )
+        if not self._fences and differs:
             with contextlib.suppress(ConnectionLost):  # the next poll asks again
                 self._fence()
+
+    def _verdict(self, oid: int, seen: Look) -> tuple[Verdict, LiveTable] | None:
+        table, definition = self._sink.ledger.tables.get(oid), seen.definitions[oid]
+        columns = next((each.columns for each in seen.published if each.oid == oid), None)
+        if table is None or table.state != "streaming" or columns is None:
+            return None
+        live = live_table(definition, columns, self._settings.masks, self._names(definition))
+        verdict = judge(table, definition, live, seen.empty)
+        return None if verdict is None else (verdict, live)
+
+    def _judge(self, oid: int, seen: Look) -> None:
+        """Follow what has become of a table without a change that would tell."""
+        while (found := self._verdict(oid, seen)) is not None:
+            (verdict, live), definition = found, seen.definitions[oid]
+            table = self._sink.ledger.tables[oid]
+            at = time.time_ns() // 1000
+            self._acquire()
+            try:
+                if verdict.kind == "renamed":
+                    self._sink.rename(table, definition.schema, definition.name, at)
+                elif verdict.kind == "altered":
+                    self._sink.follow(table, relation_of(definition, live), live, at)
+                elif verdict.kind == "moved":
+                    self._sink.write_tables([dataclasses.replace(table, storage=definition.storage)])
+                else:
+                    self._observer.event("copied anew", table=str(table), reason=verdict.reason)
+                    self._change([again(table)])
+            except TableError as error:
+                self._set_aside(error)
+
+    def _tell(self) -> None:
+        """Log the DDL that was followed."""
+        for table, change in self._sink.followed():
+            self._tally.schema_changes += 1
+            self._observer.event("schema change", table=str(table), change=change, state=table.state)
 
     def _take_marks(self) -> None:
         """Begin what `cdc resync` has asked for."""
@@ -411,11 +458,10 @@ class Pipeline:
             published = [t for t in catalog.published(connection, self._publications) if t.oid == oid]
         if definition is None or not published:
             return None
-        there = [attribute for attribute in definition.attributes if attribute.name in published[0].columns]
-        known = self._sink.ledger.tables.get(oid)
-        masks = chosen(self._settings.masks, [str(definition), str(known)], [attribute.name for attribute in there])
-        columns = tuple(_live_column(attribute, masks.get(index)) for index, attribute in enumerate(there))
-        return LiveTable(storage(definition), columns)
+        return live_table(definition, published[0].columns, self._settings.masks, self._names(definition))
+
+    def _names(self, definition: TableDefinition) -> list[str]:
+        return [str(definition), str(self._sink.ledger.tables.get(definition.oid))]
 
     # Waiting
 
@@ -465,15 +511,6 @@ class Pipeline:
 def _backlogged(item: Item | None) -> bool:
     """Whether the next batch is likely on its way: to close the warehouse now would cost more than it gives."""
     return isinstance(item, WireBatch) and item.full
-
-
-def _live_column(attribute: Attribute, mask: Mask | None) -> LiveColumn:
-    a = attribute
-    if mask is None:
-        return LiveColumn(a.name, a.type_oid, a.typmod, a.attnum, a.missing)
-    held = mask.column(Column(a.name, a.type_oid, a.typmod, is_key=False))
-    (missing,) = mask.apply(pa.array([a.missing]).cast(pa.binary())).cast(pa.string()).to_pylist()
-    return LiveColumn(a.name, held.type_oid, held.typmod, a.attnum, missing, mask.label)
 
 
 def _view(settings: Settings) -> View | None:

@@ -12,7 +12,7 @@ from cdc.errors import SettingsError, StateError
 from cdc.lsn import format_lsn
 from cdc.settings import Settings
 from cdc.sink.checkpoint import Checkpoint
-from cdc.sink.schema import folded
+from cdc.sink.schema import folded, strangers
 from cdc.sink.sink import Sink
 from cdc.source.catalog import TableDefinition
 from cdc.source.slot import Slot, System
@@ -145,14 +145,15 @@ def refuse_tables(settings: Settings, sink: Sink, coming: Iterable[TableDefiniti
         StateError: a name in the warehouse is taken.
     """
     coming = list(coming)
+    names = [(table.schema, table.name) for table in coming]
     for table in coming:
         if settings.primary_key and str(table) == settings.view_of:
             _check_key(settings, table)
         if settings.view and folded(table.schema, table.name) == folded("main", settings.view):
             raise StateError(f"view {settings.view} would have the name of table {table}", "choose another CDC_VIEW")
-    if begins and (names := sink.strangers((table.schema, table.name) for table in coming)):
+    if begins and (taken := strangers(sink.warehouse, sink.ledger.tables.values(), names)):
         raise StateError(
-            f"DuckDB file {settings.warehouse} has a {names[0]} that cdc did not make and would have to replace",
+            f"DuckDB file {settings.warehouse} has a {taken[0]} that cdc did not make and would have to replace",
             "set CDC_WAREHOUSE to another file, or rename what is there; or leave the table out with CDC_TABLES",
         )
 

@@ -27,6 +27,7 @@ class Tally:
     batches: int = 0
     transactions: int = 0
     changes: int = 0
+    schema_changes: int = 0
     as_of: int | None = None
 
     def count(self, decoded: Decoded) -> None:
@@ -52,12 +53,13 @@ class Tally:
             "changes": self.changes,
             "changes_per_s": round(self.changes / seconds),
             "batches": self.batches,
+            "schema_changes": self.schema_changes or "",
             "position": format_lsn(position),
             "behind_bytes": max(0, received - position),
             "as_of": "" if self.as_of is None else _iso(self.as_of),
         }
         self.began = time.monotonic()
-        self.batches = self.transactions = self.changes = 0
+        self.batches = self.transactions = self.changes = self.schema_changes = 0
         return fields
 
 

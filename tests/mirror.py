@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -251,8 +251,20 @@ def mirrored_rows(database: Database, lake: Lake, table: str, where: str = "true
     return Counter(map(_plain, warehouse_rows(lake, query)))
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Change:
+    """A column of the change log that came, went, or got another name, from the change (LSN, seq) on."""
+
+    at: tuple[int, int]
+    old_name: str | None
+    new_name: str | None
+    default: str | None
+
+
 def replayed(database: Database, lake: Lake, table: str, key: Sequence[str]) -> Counter[tuple[Any, ...]]:
     """Return a table's rows as the history tells them: the newest copy, then every change in the order of (LSN, seq).
+
+    Columns that were renamed, or added with a default, are followed by ``_cdc.schema_changes``.
 
     Args:
         key: columns of the replica identity; none: the table has no key, and each D takes one equal row.
@@ -260,19 +272,68 @@ def replayed(database: Database, lake: Lake, table: str, key: Sequence[str]) -> 
     schema, name = table.split(".", 1)
     folder = lake.history / _escaped(schema) / _escaped(name)
     log = f"read_parquet('{folder}/*.parquet', union_by_name = true)"
-    picks = _picks(database, table)
     connection = duckdb.connect()
     connection.execute("SET TimeZone = 'UTC'")
     (copy_lsn,) = connection.execute(f"SELECT max(_lsn) FROM {log} WHERE _op = 'T' AND _seq < 0").fetchall()[0]
     assert copy_lsn is not None, f"the history of {table} begins with no copy"
     doubles = connection.execute(f"SELECT _lsn, _seq FROM {log} GROUP BY ALL HAVING count(*) > 1").fetchall()
     assert not doubles, f"the history of {table} has changes twice: {doubles[:5]}"
+    with psycopg.connect(database.dsn) as source:
+        columns = _columns(source, schema, name)
+    changes = [
+        _Change((lsn, seq), old, new, default)
+        for lsn, seq, old, new, default in warehouse_rows(
+            lake,
+            "SELECT lsn, coalesce(seq, 0), old_name, new_name, default_value FROM _cdc.schema_changes "
+            f"WHERE schema_name = '{schema}' AND table_name = '{name}' AND lsn >= {copy_lsn} ORDER BY rowid",
+        )
+        if old or new
+    ]
+    logged = {column for (column, *_) in connection.execute(f"DESCRIBE FROM {log}").fetchall()}
+    kinds = {column: kind for column, kind, *_ in warehouse_rows(lake, f"DESCRIBE {_quote(schema)}.{_quote(name)}")}
+    picks = ", ".join(_over_time(column, kinds[column.name], changes, logged) for column in columns)
+    keys = ", ".join(_over_time(_Column(k, False, False), "VARCHAR", changes, logged) for k in key)
     rows = connection.execute(
-        f"SELECT _op, [{', '.join(f'CAST({_quote(k)} AS VARCHAR)' for k in key)}], {picks} FROM {log} "
+        f"SELECT _op, [{keys}], _lsn, _seq, {picks} FROM {log} "
         f"WHERE (_lsn = {copy_lsn} AND _seq < 0) OR (_lsn >= {copy_lsn} AND _seq > 0) ORDER BY _lsn, _seq"
     ).fetchall()
+    fills = []
+    for index, column in enumerate(columns):
+        for change in _of(column.name, changes):
+            if change.old_name is None and change.default is not None:
+                cast = f"CAST(CAST(? AS {kinds[column.name]}) AS {kinds[column.name] if column.native else 'VARCHAR'})"
+                ((value,),) = connection.execute(f"SELECT {cast}", [change.default]).fetchall()
+                fills.append((change.at, index, _plain([value])[0]))
     connection.close()
-    return _replay(rows, keyed=bool(key))
+    return _replay(rows, sorted(fills, key=lambda fill: fill[0]), keyed=bool(key))
+
+
+def _of(name: str, changes: Sequence[_Change]) -> list[_Change]:
+    """Return the changes of the column that is called `name` in the end, from the last to the first."""
+    found: list[_Change] = []
+    for change in reversed(changes):
+        if change.new_name == name and not (found and found[-1].at == change.at):  # those of one moment are at once
+            found.append(change)
+            if change.old_name is None:
+                break
+            name = change.old_name
+    return found
+
+
+def _over_time(column: _Column, kind: str, changes: Sequence[_Change], logged: set[str]) -> str:
+    """Return the SQL for a column's value in the change log, under whichever name it had, and whatever was its type."""
+    name, cases = column.name, []
+
+    def value() -> str:
+        text = _quote(name) if name in logged else "NULL"
+        return f"TRY_CAST({text} AS {kind if column.native else 'VARCHAR'})"
+
+    for change in _of(column.name, changes):
+        cases.append(f"WHEN (_lsn, _seq) >= ({change.at[0]}, {change.at[1]}) THEN {value()}")
+        if change.old_name is None:
+            return f"CASE {' '.join(cases)} ELSE NULL END"
+        name = change.old_name
+    return f"CASE {' '.join(cases)} ELSE {value()} END" if cases else value()
 
 
 def _escaped(name: str) -> str:
@@ -280,10 +341,27 @@ def _escaped(name: str) -> str:
     return urllib.parse.quote(name, safe="").replace(".", "%2E")
 
 
-def _replay(rows: Iterator[Any] | Sequence[Any], *, keyed: bool) -> Counter[tuple[Any, ...]]:
+def _replay(
+    rows: Sequence[Any], fills: Sequence[tuple[tuple[int, int], int, Any]], *, keyed: bool
+) -> Counter[tuple[Any, ...]]:
+    """Replay changes (op, key, LSN, seq, values); `fills`: from (LSN, seq) on the rows there have value of a column."""
     by_key: dict[tuple[Any, ...], tuple[Any, ...]] = {}
     bag: Counter[tuple[Any, ...]] = Counter()
-    for op, key, *values in rows:
+    left = list(fills)
+
+    def fill(until: tuple[int, int] | None) -> None:
+        nonlocal bag
+        while left and (until is None or left[0][0] <= until):
+            _, index, value = left.pop(0)
+            for key, row in by_key.items():
+                by_key[key] = (*row[:index], value, *row[index + 1 :])
+            filled: Counter[tuple[Any, ...]] = Counter()
+            for row, count in bag.items():
+                filled[*row[:index], value, *row[index + 1 :]] += count
+            bag = filled
+
+    for op, key, lsn, seq, *values in rows:
+        fill((lsn, seq))
         row = _plain(values)
         if op == "T":
             by_key.clear()
@@ -294,6 +372,7 @@ def _replay(rows: Iterator[Any] | Sequence[Any], *, keyed: bool) -> Counter[tupl
             by_key.pop(tuple(key), None)
         else:
             by_key[tuple(key)] = row
+    fill(None)
     return Counter(by_key.values()) if keyed else +bag
 
 

@@ -31,9 +31,9 @@ from cdc.lsn import format_lsn
 from cdc.sink.history import HistoryFile
 from cdc.sink.warehouse import Warehouse
 
-__all__ = ["FORMAT", "Checkpoint", "Ledger", "State", "StoredColumn", "Table"]
+__all__ = ["FORMAT", "Checkpoint", "Ledger", "SchemaChange", "State", "StoredColumn", "Table"]
 
-FORMAT = 1
+FORMAT = 2
 """Version of the ``_cdc`` schema that this code writes."""
 
 State = Literal["pending", "copying", "streaming", "resyncing", "dropped", "error"]
@@ -45,9 +45,9 @@ CREATE TABLE _cdc.checkpoint (
     system_identifier VARCHAR NOT NULL, database VARCHAR NOT NULL, slot VARCHAR NOT NULL, publication VARCHAR NOT NULL,
     lsn UBIGINT, commit_ts TIMESTAMPTZ, as_of TIMESTAMPTZ);
 CREATE TABLE _cdc.tables (
-    schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, oid UINTEGER NOT NULL, relfilenode VARCHAR NOT NULL,
+    schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, oid UINTEGER NOT NULL, storage VARCHAR NOT NULL,
     state VARCHAR NOT NULL, reason VARCHAR NOT NULL, copy_lsn UBIGINT, columns VARCHAR NOT NULL,
-    deletes VARCHAR NOT NULL, publication VARCHAR NOT NULL, last_change_ts TIMESTAMPTZ,
+    natts INTEGER NOT NULL, deletes VARCHAR NOT NULL, publication VARCHAR NOT NULL, last_change_ts TIMESTAMPTZ,
     requested BOOLEAN NOT NULL DEFAULT false);
 CREATE TABLE _cdc.quarantine (
     schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, column_name VARCHAR NOT NULL, key VARCHAR,
@@ -56,7 +56,8 @@ CREATE TABLE _cdc.files (
     path VARCHAR NOT NULL, schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, rows BIGINT NOT NULL,
     first_lsn UBIGINT NOT NULL, last_lsn UBIGINT NOT NULL);
 CREATE TABLE _cdc.schema_changes (
-    schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, lsn UBIGINT NOT NULL, change VARCHAR NOT NULL,
+    schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, oid UINTEGER, lsn UBIGINT NOT NULL, seq BIGINT,
+    change VARCHAR NOT NULL, old_name VARCHAR, new_name VARCHAR, default_value VARCHAR,
     followed_at TIMESTAMPTZ NOT NULL DEFAULT now());
 CREATE TABLE _cdc.buffer (
     oid UINTEGER NOT NULL, ordinal BIGINT NOT NULL, last_lsn UBIGINT NOT NULL, in_history BOOLEAN NOT NULL,
@@ -64,6 +65,20 @@ CREATE TABLE _cdc.buffer (
 CREATE SEQUENCE _cdc.buffer_ordinal;
 CREATE VIEW _cdc.freshness AS SELECT as_of, now() - as_of AS age FROM _cdc.checkpoint;
 """
+
+# By the format that each leaves behind. The storage of tables had no links before: it is unknown.
+_UPGRADES = {
+    1: (
+        "ALTER TABLE _cdc.tables RENAME COLUMN relfilenode TO storage",
+        "UPDATE _cdc.tables SET storage = ''",
+        "ALTER TABLE _cdc.tables ADD COLUMN natts INTEGER DEFAULT 0",
+        "ALTER TABLE _cdc.schema_changes ADD COLUMN oid UINTEGER",
+        "ALTER TABLE _cdc.schema_changes ADD COLUMN seq BIGINT",
+        "ALTER TABLE _cdc.schema_changes ADD COLUMN old_name VARCHAR",
+        "ALTER TABLE _cdc.schema_changes ADD COLUMN new_name VARCHAR",
+        "ALTER TABLE _cdc.schema_changes ADD COLUMN default_value VARCHAR",
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,8 +119,10 @@ class Table:
     """One row of ``_cdc.tables``.
 
     Attributes:
-        relfilenode: the storage of the table (and its partitions) at the copy, as text; '': unknown since a TRUNCATE.
+        storage: `TableDefinition.storage`, as it was when the table was last found to have been rewritten by nobody;
+            behind it `truncated` notes the last TRUNCATE since then. '': unknown.
         copy_lsn: the L of its copy: what was committed before is in the copy, what was committed from there on is not.
+        natts: the highest attnum that was ever used when it had `columns`; a column that is added has a higher one.
         deletes: hard or soft, as it was when the table was copied.
         publication: by which entries of which publications it is published (`PublishedTable.entry`); as these change,
             so does what comes of it in the stream.
@@ -116,14 +133,35 @@ class Table:
     name: str
     state: State
     reason: str = ""
-    relfilenode: str = ""
+    storage: str = ""
     copy_lsn: int | None = None
     columns: tuple[StoredColumn, ...] = ()
+    natts: int = 0
     deletes: str = "hard"
     publication: str = ""
 
     def __str__(self) -> str:
         return f"{self.schema}.{self.name}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SchemaChange:
+    """DDL that was followed.
+
+    Attributes:
+        lsn, seq: the first change of the table after it; of DDL without one, a position of the stream and 0. What is
+            noted for one of them happened at once: two columns may swap their names.
+        text: what changed.
+        old_name, new_name: of a column that was renamed; of one that was added or dropped one of them; else None.
+        default_value: what rows from before have in a column that was added, as Postgres prints it; None: NULL.
+    """
+
+    lsn: int
+    seq: int
+    text: str
+    old_name: str | None = None
+    new_name: str | None = None
+    default_value: str | None = None
 
 
 class Ledger:
@@ -153,17 +191,25 @@ class Ledger:
                 f"warehouse {self._warehouse.path} was written by a newer cdc (format {found}, not {FORMAT})",
                 "upgrade pg-duckdb-cdc",
             )
+        if found < FORMAT:
+            self._upgrade(found)
         for row in run("SELECT system_identifier, database, slot, publication, lsn FROM _cdc.checkpoint"):
             self.checkpoint = Checkpoint(*row)
         for row in run(
-            "SELECT oid, schema_name, table_name, state, reason, relfilenode, copy_lsn, columns, deletes, "
+            "SELECT oid, schema_name, table_name, state, reason, storage, copy_lsn, columns, natts, deletes, "
             "publication FROM _cdc.tables"
         ):
-            oid, schema, name, state, reason, relfilenode, copy_lsn, columns, deletes, publication = row
+            oid, schema, name, state, reason, storage, copy_lsn, columns, *rest = row
             stored = tuple(StoredColumn(*column) for column in json.loads(columns))
-            self.tables[oid] = Table(
-                oid, schema, name, state, reason, relfilenode, copy_lsn, stored, deletes, publication
-            )
+            self.tables[oid] = Table(oid, schema, name, state, reason, storage, copy_lsn, stored, *rest)
+
+    def _upgrade(self, found: int) -> None:
+        self._warehouse.begin()
+        for old in range(found, FORMAT):
+            for statement in _UPGRADES[old]:
+                self._warehouse.execute(statement)
+        self._warehouse.execute("UPDATE _cdc.meta SET format = ?", [FORMAT])
+        self._warehouse.commit()
 
     def create(self, checkpoint: Checkpoint) -> None:
         """Make ``_cdc`` anew, with `checkpoint` as its first; what an earlier one held is gone."""
@@ -209,17 +255,17 @@ class Ledger:
         """Write one row of ``_cdc.tables``, new or not."""
         columns = json.dumps([dataclasses.astuple(column) for column in table.columns])
         values: list[Any] = [
-            *(table.schema, table.name, table.relfilenode, table.state, table.reason, table.copy_lsn),
-            *(columns, table.deletes, table.publication, table.oid),
+            *(table.schema, table.name, table.storage, table.state, table.reason, table.copy_lsn),
+            *(columns, table.natts, table.deletes, table.publication, table.oid),
         ]
         if not self._warehouse.execute(
-            "UPDATE _cdc.tables SET schema_name = ?, table_name = ?, relfilenode = ?, state = ?, reason = ?, "
-            "copy_lsn = ?, columns = ?, deletes = ?, publication = ? WHERE oid = ? RETURNING 1",
+            "UPDATE _cdc.tables SET schema_name = ?, table_name = ?, storage = ?, state = ?, reason = ?, "
+            "copy_lsn = ?, columns = ?, natts = ?, deletes = ?, publication = ? WHERE oid = ? RETURNING 1",
             values,
         ):
             self._warehouse.execute(
-                "INSERT INTO _cdc.tables (schema_name, table_name, relfilenode, state, reason, copy_lsn, columns, "
-                "deletes, publication, oid) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO _cdc.tables (schema_name, table_name, storage, state, reason, copy_lsn, columns, "
+                "natts, deletes, publication, oid) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 values,
             )
         self.tables[table.oid] = table
@@ -260,11 +306,12 @@ class Ledger:
         found = self._warehouse.execute("SELECT path FROM _cdc.files WHERE path IN (SELECT unnest(?))", [list(paths)])
         return {path for (path,) in found}
 
-    def record_change(self, table: Table, lsn: int, change: str) -> None:
+    def record_change(self, table: Table, change: SchemaChange) -> None:
         """Note DDL that was followed."""
         self._warehouse.execute(
-            "INSERT INTO _cdc.schema_changes (schema_name, table_name, lsn, change) VALUES (?, ?, ?, ?)",
-            [table.schema, table.name, lsn, change],
+            "INSERT INTO _cdc.schema_changes (schema_name, table_name, oid, lsn, seq, change, old_name, new_name, "
+            "default_value) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [table.schema, table.name, table.oid, *dataclasses.astuple(change)],
         )
 
     def append_buffer(self, oid: int, last_lsn: int, in_history: bool, rows: bytes) -> None:

@@ -21,7 +21,17 @@ from cdc.sink.checkpoint import Table
 from cdc.sink.rows import DELETE, Sources
 from cdc.sink.warehouse import Warehouse
 
-__all__ = ["forget_columns", "inherit", "keep", "key_sql", "record"]
+__all__ = [
+    "forget_columns",
+    "forget_copy",
+    "inherit",
+    "keep",
+    "key_sql",
+    "record",
+    "rename_columns",
+    "rename_table",
+    "take_copy",
+]
 
 _KINDS = (pa.string(), pa.string(), pa.string(), pa.uint64(), pa.int64(), pa.bool_())
 _HERE = "schema_name = ? AND table_name = ?"
@@ -101,6 +111,47 @@ def forget_columns(warehouse: Warehouse, table: Table, names: list[str]) -> None
             f"UPDATE _cdc.quarantine SET current = false WHERE {_HERE} AND column_name = ?",
             [table.schema, table.name, name],
         )
+
+
+def forget_copy(warehouse: Warehouse, table: Table) -> None:
+    """Delete what an unfinished copy has brought: what has LSN 0."""
+    warehouse.execute(f"DELETE FROM _cdc.quarantine WHERE {_HERE} AND lsn = 0", [table.schema, table.name])
+
+
+def take_copy(warehouse: Warehouse, table: Table, lsn: int) -> None:
+    """A copy at `lsn` takes the place of the table: what it has brought is current, and nothing else."""
+    here = [table.schema, table.name]
+    # What was applied since then comes again, from the buffer.
+    warehouse.execute(f"DELETE FROM _cdc.quarantine WHERE {_HERE} AND lsn >= ?", [*here, lsn])
+    warehouse.execute(f"UPDATE _cdc.quarantine SET current = false WHERE {_HERE} AND lsn > 0", here)
+    warehouse.execute(f"UPDATE _cdc.quarantine SET current = true, lsn = ? WHERE {_HERE} AND lsn = 0", [lsn, *here])
+
+
+def rename_columns(warehouse: Warehouse, table: Table, names: Mapping[str, str]) -> None:
+    """Columns have other names now (by the old ones), those of the key in the rows' keys, too."""
+    if not names or not warehouse.execute(f"SELECT 1 FROM _cdc.quarantine WHERE {_HERE}", [table.schema, table.name]):
+        return
+    here = [table.schema, table.name]
+    found = warehouse.execute(f"SELECT DISTINCT column_name, key FROM _cdc.quarantine WHERE {_HERE}", here)
+    renamed = []
+    for name, key in found:
+        label = None if key is None else json.dumps({names.get(k, k): v for k, v in json.loads(key).items()})
+        renamed.append((name, key, names.get(name, name), label))
+    columns = [pa.array(values, pa.string()) for values in zip(*renamed, strict=True)]
+    with warehouse.view("_renamed", pa.table(columns, names=["name", "key", "new_name", "new_key"])):
+        warehouse.execute(
+            "UPDATE _cdc.quarantine AS q SET column_name = r.new_name, key = r.new_key FROM _renamed AS r "
+            f"WHERE {_HERE} AND q.column_name = r.name AND q.key IS NOT DISTINCT FROM r.key",
+            here,
+        )
+
+
+def rename_table(warehouse: Warehouse, table: Table, names: tuple[str, str]) -> None:
+    """A table has another schema and name now."""
+    warehouse.execute(
+        f"UPDATE _cdc.quarantine SET schema_name = ?, table_name = ? WHERE {_HERE}",
+        [*names, table.schema, table.name],
+    )
 
 
 def _has_current(warehouse: Warehouse, table: Table) -> bool:

@@ -1,6 +1,6 @@
 """What brings a table of the warehouse to the columns that the stream describes.
 
-Pure: it compares and plans; the statements are run by the sink, in the transaction of the changes that follow them.
+It compares and plans; the statements are run by evolve.py, in the transaction of the changes that follow them.
 The live catalog may be newer than the stream. It is trusted only where it equals the Relation in hand, and only for
 what the stream cannot tell: attnums, stored defaults, and whether the table was rewritten.
 """
@@ -8,32 +8,37 @@ what the stream cannot tell: attnums, stored defaults, and whether the table was
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from cdc.errors import TableError
 from cdc.pgoutput.masks import Mask, Masks, chosen, missing
-from cdc.pgoutput.messages import Relation
+from cdc.pgoutput.messages import Column, Relation
 from cdc.pgoutput.types import column_type
 from cdc.sink.checkpoint import StoredColumn, Table
 from cdc.sink.history import META
-from cdc.sink.warehouse import quote
+from cdc.sink.storage import rewritten
+from cdc.sink.warehouse import Warehouse, quote
 
 __all__ = [
     "DELETED_AT",
+    "Change",
     "LiveColumn",
     "LiveTable",
     "Plan",
     "create_table",
     "folded",
+    "identify",
     "masks_of",
     "nulls",
     "plan",
     "refuse",
     "same",
     "stored_columns",
+    "strangers",
 ]
 
 DELETED_AT = "_deleted_at"
@@ -59,10 +64,27 @@ class LiveColumn:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LiveTable:
-    """A published table as the catalog has it: its published columns, and the storage of it and its partitions."""
+    """A published table as the catalog has it.
 
-    relfilenode: str
+    Attributes:
+        storage: see `TableDefinition.storage`.
+        columns: those that are published.
+        natts: the highest attnum that was ever used.
+    """
+
+    storage: str
     columns: tuple[LiveColumn, ...]
+    natts: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Change:
+    """One phrase; the names of a column that was renamed, added (new) or dropped (old); its default, if it has one."""
+
+    text: str
+    old_name: str | None = None
+    new_name: str | None = None
+    default: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,13 +93,30 @@ class Plan:
 
     Attributes:
         statements: ALTERs, in order, each with the parameters of its statement.
-        columns: what the table has afterwards.
-        changes: what to write down, one phrase a change.
+        columns, natts: what the table has afterwards.
+        changes: what to write down.
+        rewritten: the table has new storage, so rows may have changed without a word in the stream: what the ALTERs
+            leave is likely right, and a copy has to make sure.
     """
 
     statements: tuple[tuple[str, tuple[Any, ...]], ...]
     columns: tuple[StoredColumn, ...]
-    changes: tuple[str, ...]
+    natts: int
+    changes: tuple[Change, ...]
+    rewritten: bool
+
+
+def strangers(warehouse: Warehouse, tables: Iterable[Table], names: Iterable[tuple[str, str]]) -> list[str]:
+    """Return those of `names` (schema, table) that are taken by tables or views which are no copies of `tables`."""
+    ours = {folded(table.schema, table.name) for table in tables if table.copy_lsn is not None}
+    there = {
+        folded(*row)
+        for row in warehouse.execute(
+            "SELECT schema_name, table_name FROM duckdb_tables() WHERE database_name = current_database() "
+            "UNION ALL SELECT schema_name, view_name FROM duckdb_views() WHERE database_name = current_database()"
+        )
+    }
+    return [".".join(name) for name in names if folded(*name) in there - ours]
 
 
 def masks_of(
@@ -167,42 +206,174 @@ def refuse(table: Table, columns: Sequence[StoredColumn], *, soft: bool, logged:
             raise TableError(reason, table.oid, hint)
 
 
-def plan(  # noqa: PLR0911 -- each is one reason for a new copy
-    target: str, columns: Sequence[StoredColumn], relfilenode: str, relation: Relation, live: LiveTable | None
-) -> Plan | None:
-    """Return the ALTERs from `columns` to `relation`, or None where only a new copy can make the table right.
+def plan(target: str, table: Table, relation: Relation, live: LiveTable | None) -> Plan | None:
+    """Return the ALTERs from `table` to `relation`, or None where only a new copy can make it right.
 
     Args:
         target: the warehouse's table, quoted.
-        relfilenode: the storage that the table had when `columns` held; '': unknown.
-        live: the catalog now; None: the table is gone, or cannot be read.
+        table: what is known of it, as of the last Relation.
+        live: the catalog now, which may be ahead of `relation`; None: the table is gone, or cannot be read.
     """
-    if live is None or not same(stored_columns(live), relation):
-        return None  # the catalog has moved on: its attnums and defaults are another version's
-    if not relfilenode or live.relfilenode != relfilenode:
-        return None  # rewritten: rows may have changed without a word in the stream
+    columns = table.columns
+    attnums = identify(columns, table.natts, relation, live)
+    if attnums is None or live is None:
+        return None
     before = {column.attnum: column for column in columns}
-    after = {column.attnum: column for column in live.columns}
-    kept = before.keys() & after.keys()
-    if any((before[n].type_oid, before[n].typmod) != (after[n].type_oid, after[n].typmod) for n in kept):
+    after = dict(zip(attnums, relation.columns, strict=True))
+    now = {column.attnum: column for column in live.columns}
+    dropped, added = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
+    gone = {(before[n].name, before[n].type_oid, before[n].typmod) for n in dropped}
+    if gone & {(after[n].name, after[n].type_oid, after[n].typmod) for n in added}:
+        return None  # rows may have come for either of the two: to the stream they look the same
+    moved = rewritten(table.storage, live.storage)
+    if moved and any(n not in now or now[n].default is None for n in added):
+        return None  # by the new column perhaps: a volatile default, of which each row has its own value
+    steps = _Steps(target)
+    for attnum in dropped:
+        steps.drop(before[attnum].name)
+    kept = sorted(before.keys() & after.keys())
+    steps.rename([(n, before[n].name, after[n].name) for n in kept], [column.name for column in columns])
+    for attnum in kept:
+        if not steps.retype(after[attnum].name, before[attnum], after[attnum], rewritten=moved):
+            return None
+    for attnum in added:
+        default = now[attnum].default if attnum in now else None
+        if not steps.add(after[attnum], default):
+            return None
+    stored = tuple(
+        StoredColumn(
+            c.name, c.type_oid, c.typmod, n, now[n].mask if n in now else before[n].mask if n in before else ""
+        )
+        for n, c in after.items()
+    )
+    natts = live.natts if attnums == tuple(now) else max(table.natts, *attnums)
+    return Plan(tuple(steps.statements), stored, natts, tuple(steps.changes), moved)
+
+
+def identify(
+    columns: Sequence[StoredColumn], natts: int, relation: Relation, live: LiveTable | None
+) -> tuple[int, ...] | None:
+    """Return the attnums of a Relation's columns, None where these are not certain.
+
+    Args:
+        columns: of the Relation before.
+        natts: the highest attnum that was ever used then.
+        live: the catalog now.
+
+    The catalog may be several versions ahead, so names and types alone do not tell. But an attnum is never used twice,
+    a new one is greater than all before, and a Relation has its columns in that order. So what is there before and
+    afterwards was there in between, and a column in the place of another one is that one under another name.
+    """
+    if live is None:
         return None
-    if any(before[n].name != after[n].name for n in kept):
+    now = {column.attnum: column for column in live.columns}
+    if same(stored_columns(live), relation):
+        added = [n for n in now if n > natts]
+        # Else one may have come and gone in between, and this one have its name.
+        return tuple(now) if added == list(range(natts + 1, natts + 1 + len(added))) else None
+    later = {column.name for column in live.columns if column.attnum > natts}
+    wanted = list(relation.columns)
+    old = _identify_old(columns, wanted, now, later)
+    new = None if old is None else _identify_new(len(wanted) - len(old), natts, live.natts, now)
+    if old is None or new is None:
         return None
-    statements: list[tuple[str, tuple[Any, ...]]] = []
-    changes: list[str] = []
-    for attnum in sorted(before.keys() - kept):
-        statements.append((f"ALTER TABLE {target} DROP COLUMN {quote(before[attnum].name)}", ()))
-        changes.append(f"column {before[attnum].name} dropped")
-    for attnum in sorted(after.keys() - kept):
-        column = after[attnum]
+    there = {column.attnum for column in columns} | {n for n in now if natts < n < max(new, default=0)}
+    return (*old, *new) if there & now.keys() <= {*old, *new} else None
+
+
+def _identify_old(
+    columns: Sequence[StoredColumn], wanted: Sequence[Column], now: Mapping[int, LiveColumn], later: Collection[str]
+) -> list[int] | None:
+    """Return the attnums of those of the `wanted` columns that are among `columns`: the first so many."""
+    found: list[int] = []
+    names = {column.name for column in now.values()}
+    for position, column in enumerate(columns):
+        if len(found) == len(wanted):
+            break
+        name = wanted[len(found)].name
+        if column.attnum in now:  # it is there still, so it was there all the time
+            found.append(column.attnum)
+        elif name == column.name and name not in later:
+            found.append(column.attnum)  # dropped since, but not yet
+        elif name not in names and name not in {other.name for other in columns[position + 1 :]}:
+            return None  # it has another name, or is dropped, and this is a new one
+    return found
+
+
+def _identify_new(wanted: int, natts: int, last: int, now: Mapping[int, LiveColumn]) -> list[int] | None:
+    """Return the attnums of so many new columns, all of which are between `natts` and `last`."""
+    added = range(natts + 1, last + 1)
+    if wanted == len(added):
+        return list(added)
+    first = list(added[:wanted])
+    # What is there still was there before all that came later; of what is dropped by now nobody knows when.
+    return first if len(first) == wanted and now.keys() >= set(first) else None
+
+
+class _Steps:
+    """The ALTERs of a plan, as they come together."""
+
+    def __init__(self, target: str) -> None:
+        self.statements: list[tuple[str, tuple[Any, ...]]] = []
+        self.changes: list[Change] = []
+        self._target = target
+
+    def drop(self, name: str) -> None:
+        self._alter(f"DROP COLUMN {quote(name)}")
+        self.changes.append(Change(f"column {name} dropped", old_name=name))
+
+    def rename(self, names: Sequence[tuple[int, str, str]], taken: Sequence[str]) -> None:
+        """Rename columns (attnum, old, new); by way of names that nobody has, where one takes another's."""
+        changed = [each for each in names if each[1] != each[2]]
+        there = set(folded(*taken))
+        detour = any(folded(new)[0] in there for _, _, new in changed)
+        for attnum, old, new in changed:
+            self._alter(f"RENAME COLUMN {quote(old)} TO {quote(f'_cdc_{attnum}' if detour else new)}")
+            self.changes.append(Change(f"column {old} renamed to {new}", old, new))
+        for attnum, _, new in changed if detour else ():
+            self._alter(f"RENAME COLUMN {quote(f'_cdc_{attnum}')} TO {quote(new)}")
+
+    def retype(self, name: str, old: StoredColumn, new: Column, *, rewritten: bool) -> bool:
+        """Change a column's type, if every value stays what it was; return whether it does."""
+        if (old.type_oid, old.typmod) == (new.type_oid, new.typmod):
+            return True
+        before, after = (column_type(c.type_oid, c.typmod).duckdb for c in (old, new))
+        widened = (old.type_oid, new.type_oid) in _WIDENED
+        if not widened and (rewritten or not _holds(before, after)):
+            return False
+        if before != after:
+            self._alter(f"ALTER COLUMN {quote(name)} TYPE {after}")
+        self.changes.append(Change(f"column {name} is {after} now"))
+        return True
+
+    def add(self, column: Column, default: str | None) -> bool:
+        """Add a column; return whether older rows can have its default: the copy puts what cannot into quarantine."""
         name, kind = quote(column.name), column_type(column.type_oid, column.typmod).duckdb
-        statements.append((f"ALTER TABLE {target} ADD COLUMN {name} {kind}", ()))
-        changes.append(f"column {column.name} added")
-        if column.default is not None:
-            values, unfit = column_type(column.type_oid, column.typmod).parse(pa.array([column.default]))
+        self._alter(f"ADD COLUMN {name} {kind}")
+        self.changes.append(Change(f"column {column.name} added", None, column.name, default))
+        if default is not None:
+            values, unfit = column_type(column.type_oid, column.typmod).parse(pa.array([default]))
             if unfit is not None and unfit.any():
-                return None  # the copy puts such values into quarantine, row by row
-            statements.append((f"UPDATE {target} SET {name} = CAST(? AS {kind})", (values[0].as_py(),)))
-    if [before[n].name for n in sorted(before.keys() & kept)] != [c.name for c in live.columns if c.attnum in kept]:
-        return None
-    return Plan(tuple(statements), stored_columns(live), tuple(changes))
+                return False
+            self.statements.append((f"UPDATE {self._target} SET {name} = CAST(? AS {kind})", (values[0].as_py(),)))
+        return True
+
+    def _alter(self, action: str) -> None:
+        self.statements.append((f"ALTER TABLE {self._target} {action}", ()))
+
+
+# Types of which the second holds each value of the first, unless USING made others of them: int2, int4, int8, floats.
+_WIDENED = {(21, 23), (21, 20), (23, 20), (700, 701)}
+
+
+def _holds(before: str, after: str) -> bool:
+    """Whether DuckDB's `after` holds the values of `before` just as Postgres has them, where it rewrote nothing."""
+    if before == after:
+        return True
+    old, new = _DECIMAL.fullmatch(before), _DECIMAL.fullmatch(after)
+    if old and new:
+        return old[2] == new[2] and int(old[1]) <= int(new[1])
+    return bool(old) and after == "VARCHAR"
+
+
+_DECIMAL = re.compile(r"DECIMAL\((\d+),(\d+)\)")

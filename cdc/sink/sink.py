@@ -5,18 +5,16 @@ or `rollback` leaves nothing of it. What `commit` has made durable must not be g
 where to go on. `release` lets other programs open the DuckDB file; the next call takes it back, waiting if need be.
 
 A table that is being copied (states copying and resyncing) has its changes kept undecoded in ``_cdc.buffer``, in the
-same transactions; `stage` takes the copied rows in between, and `swap` puts the copy in the table's place together
-with the buffered changes that the copy does not hold, once the checkpoint has reached the copy's LSN.
+same transactions (staging.py). What changes the definition of a table is followed in between (evolve.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import duckdb
-import numpy as np
 import pyarrow as pa
 
 from cdc.errors import SinkError, TableError, WarehouseBusy
@@ -26,42 +24,20 @@ from cdc.pgoutput.decoder import Decoded
 from cdc.pgoutput.masks import Masks, mask_rows
 from cdc.pgoutput.messages import Relation
 from cdc.pgoutput.rows import RelationRows
-from cdc.sink import quarantine, schema
-from cdc.sink.apply import apply, insert, of_table
-from cdc.sink.checkpoint import Checkpoint, Ledger, State, StoredColumn, Table
-from cdc.sink.history import History, HistoryFile, as_log
-from cdc.sink.schema import DELETED_AT, LiveTable
-from cdc.sink.view import View, drop_others, make_room, refresh
-from cdc.sink.warehouse import Warehouse, explain, quote
+from cdc.sink import schema
+from cdc.sink.apply import apply
+from cdc.sink.checkpoint import Checkpoint, Ledger, State, Table
+from cdc.sink.evolve import Evolution, Moment, Resync
+from cdc.sink.history import History, HistoryFile
+from cdc.sink.schema import LiveTable
+from cdc.sink.staging import CopiedChunk, CopiedTable, Staging
+from cdc.sink.storage import truncated
+from cdc.sink.view import View, drop_others, make_room
+from cdc.sink.warehouse import Warehouse, explain
 
-__all__ = ["COPY_SEQ", "CopiedChunk", "Resync", "Sink"]
-
-COPY_SEQ = -(1 << 59)
-"""_seq of a copy's T row; its S rows follow from COPY_SEQ + 1 on, all negative."""
-
-_STAGING = "_cdc_copy_"
+__all__ = ["Sink"]
 
 T = TypeVar("T")
-
-
-class Resync(TableError):
-    """The stream alone can no longer make this table right: it has to be copied again."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class CopiedChunk:
-    """Some rows of a copied table.
-
-    Attributes:
-        rows: the table's columns, by name.
-        file: where the history has these rows; None: there is no history.
-        unfit: (column name, key or None, text, seq) of values that their type cannot hold.
-    """
-
-    oid: int
-    rows: pa.Table
-    file: HistoryFile | None
-    unfit: Sequence[tuple[str, str | None, str, int]]
 
 
 class Sink:
@@ -92,13 +68,13 @@ class Sink:
         self.warehouse = warehouse
         self.history = history
         self.ledger = Ledger(warehouse)
-        self._deletes = deletes
-        self._live = live
         self._waiting = waiting
         self._give_up = give_up
         self._view = view
         self._masks = masks or {}
         self._last_change: dict[int, int] = {}
+        self._evolution = Evolution(warehouse, self.ledger, history, live, self._masks, view)
+        self._staging = Staging(warehouse, self.ledger, history, self._evolution, self._change, deletes=deletes)
 
     # Opening, and positions
 
@@ -107,7 +83,7 @@ class Sink:
         self.acquire()
         self.ledger.load()
         if self.ledger.checkpoint is not None:
-            self._alone(self._forget_copies)
+            self._alone(self._staging.forget)
             self.history.recover(self.ledger.known_files)
         return self.ledger.checkpoint
 
@@ -137,18 +113,6 @@ class Sink:
         checkpoint = self.ledger.checkpoint
         return 0 if checkpoint is None or checkpoint.lsn is None else checkpoint.lsn
 
-    def strangers(self, names: Iterable[tuple[str, str]]) -> list[str]:
-        """Return those of `names` (schema, table) that are taken by tables or views which are no copies of ours."""
-        ours = {schema.folded(t.schema, t.name) for t in self.ledger.tables.values() if t.copy_lsn is not None}
-        there = {
-            schema.folded(*row)
-            for row in self.warehouse.execute(
-                "SELECT schema_name, table_name FROM duckdb_tables() WHERE database_name = current_database() "
-                "UNION ALL SELECT schema_name, view_name FROM duckdb_views() WHERE database_name = current_database()"
-            )
-        }
-        return [".".join(name) for name in names if schema.folded(*name) in there - ours]
-
     def show(self) -> str:
         """Make the view, if its table is here already, and drop what an earlier setting has left.
 
@@ -167,7 +131,7 @@ class Sink:
                 aside = make_room(self.warehouse, view, self.ledger.tables.values())
                 for table in self.ledger.tables.values():
                     if table.copy_lsn is not None:
-                        refresh(self.warehouse, view, table)
+                        self._evolution.show(table)
 
         self._alone(work)
         return aside
@@ -215,6 +179,7 @@ class Sink:
         self.warehouse.rollback()
         self.history.discard()
         self._last_change = {}
+        self._evolution.take()
         if self.warehouse.held:
             try:
                 self.ledger.load()
@@ -255,12 +220,20 @@ class Sink:
         if table.state != "streaming":
             self.ledger.append_buffer(table.oid, last_lsn, following, rows.to_ipc())
         if following:
-            before = table.columns
-            table = self._follow(table, rows.relation, self._target(table), last_lsn)
-            if table.columns != before:
-                refresh(self.warehouse, self._view, table)
-            self._change(table, self._target(table), rows, logged=True)
+            self._change(self._evolved(table, rows), self._target(self.ledger.tables[table.oid]), rows, True)
             self._last_change[table.oid] = int(rows.commit_ts[-1])
+
+    def _evolved(self, table: Table, rows: RelationRows) -> Table:
+        """Return the table as `rows` describe it, brought to that."""
+        before, relation = table, rows.relation
+        moment = Moment(int(rows.lsn[0]), int(rows.seq[0]), int(rows.commit_ts[0]))
+        names = (relation.namespace, relation.name)
+        if names != (table.schema, table.name):
+            table = self._evolution.rename(table, names, self._target(table), moment)
+        table = self._evolution.follow(table, relation, self._target(table), moment)
+        if table.columns != before.columns:
+            self._evolution.show(table)
+        return table
 
     def _masked(self, table: Table, rows: RelationRows) -> RelationRows:
         relation = rows.relation
@@ -268,239 +241,101 @@ class Sink:
         names = (str(table), str(relation))
         return mask_rows(rows, schema.masks_of(self._masks, table.oid, names, columns, relation.key))
 
-    def _change(self, table: Table, target: str, rows: RelationRows, *, logged: bool) -> None:
+    def _change(self, table: Table, target: str, rows: RelationRows, logged: bool) -> None:
         def log(changes: pa.Table) -> None:
             self.history.write(table.schema, table.name, changes)
 
         changes = decode_rows(rows)
-        apply(self.warehouse, table, target, changes, log if logged and self.history.root else None)
-        if (changes.op == ord("T")).any() and table.relfilenode:
-            self.ledger.put(dataclasses.replace(self.ledger.tables[table.oid], relfilenode=""))
+        logged = logged and self.history.root is not None
+        apply(self.warehouse, table, target, changes, log if logged else None)
+        if logged:
+            self._evolution.logged(table, int(rows.lsn[-1]))
+        truncates = changes.xid[changes.op == ord("T")]
+        if len(truncates):
+            storage = truncated(table.storage, int(truncates[-1]))
+            self.ledger.put(dataclasses.replace(self.ledger.tables[table.oid], storage=storage))
 
-    def _follow(self, table: Table, relation: Relation, target: str, lsn: int) -> Table:
-        """Bring `target` to the columns of `relation`.
+    # DDL that no change has followed
+
+    def rename(self, table: Table, schema_name: str, name: str, at: int) -> None:
+        """Give a table the name that it has in Postgres; `at`: microseconds since 1970 UTC.
 
         Raises:
-            Resync: only a new copy can.
+            TableError: see `Evolution.rename`.
         """
-        if schema.same(table.columns, relation):
-            return table
-        plan = schema.plan(target, table.columns, table.relfilenode, relation, self._live(relation.oid))
-        if plan is None:
-            raise Resync(f"the definition of {table} changed in a way that needs a new copy", table.oid)
-        schema.refuse(table, plan.columns, soft=table.deletes == "soft", logged=self.history.root is not None)
-        with of_table(table):
-            for statement, parameters in plan.statements:
-                self.warehouse.execute(statement, parameters)
-                reach("during_ddl_apply")
-        left = {column.attnum for column in plan.columns}
-        quarantine.forget_columns(self.warehouse, table, [c.name for c in table.columns if c.attnum not in left])
-        for change in plan.changes:
-            self.ledger.record_change(table, lsn, change)
-        table = dataclasses.replace(table, columns=plan.columns)
-        self.ledger.put(table)
-        return table
+        names, moment = (schema_name, name), Moment(self.position, 0, at)
+
+        def work() -> None:
+            self._evolution.rename(table, names, self._target(table), moment)
+            self.ledger.record_files(self.history.settle())
+
+        self._alone(work)
+        self.history.publish()
+
+    def follow(self, table: Table, relation: Relation, live: LiveTable, at: int) -> None:
+        """Bring a table to the columns that it has in Postgres.
+
+        Args:
+            relation, live: the table as the catalog has it.
+            at: microseconds since 1970 UTC.
+
+        Raises:
+            TableError: see `Evolution.follow`.
+        """
+        moment = Moment(self.position, 0, at)
+
+        def work() -> None:
+            self._evolution.show(self._evolution.follow(table, relation, self._target(table), moment, live))
+
+        self._alone(work)
+
+    def followed(self) -> list[tuple[Table, str]]:
+        """Return what DDL was followed since the last call, and is durable: table, and what changed."""
+        return self._evolution.take()
 
     # Copies
 
     def begin_copy(self, oid: int) -> None:
         """From the current position on, keep the table's changes for a copy that is about to be made."""
+        self._alone(lambda: self._staging.begin(oid))
 
-        def work() -> None:
-            table = self.ledger.tables[oid]
-            self.ledger.clear_buffer(oid)
-            self.warehouse.execute(f"DROP TABLE IF EXISTS {self._staging(table)}")
-            if table.state != "resyncing":
-                self.ledger.put(dataclasses.replace(table, state="copying", reason=""))
-
-        self._alone(work)
-
-    def begin_rows(self, oid: int, columns: Sequence[StoredColumn]) -> None:
+    def begin_rows(self, copied: CopiedTable) -> None:
         """Make room for the copy's rows; called once its snapshot is taken, and again if it had to be taken anew.
 
         Raises:
             TableError: DuckDB has no room for a table, or for columns, of these names.
         """
-
-        def work() -> None:
-            table = self.ledger.tables[oid]
-            self._refuse_namesake(table)
-            soft = self._deletes == "soft"
-            schema.refuse(table, columns, soft=soft, logged=self.history.root is not None)
-            with of_table(table):
-                self.warehouse.execute(f"CREATE SCHEMA IF NOT EXISTS {self.warehouse.name(table.schema)}")
-                self.warehouse.execute(schema.create_table(self._staging(table), columns, soft=soft))
-            self.warehouse.execute(
-                "DELETE FROM _cdc.quarantine WHERE schema_name = ? AND table_name = ? AND lsn = 0",
-                [table.schema, table.name],
-            )
-
-        self._alone(work)
+        self._alone(lambda: self._staging.begin_rows(copied))
 
     def stage(self, chunk: CopiedChunk) -> None:
         """Keep some copied rows, where readers do not look for them yet."""
-
-        def work() -> None:
-            table = self.ledger.tables[chunk.oid]
-            with of_table(table):
-                insert(self.warehouse, self._staging(table), chunk.rows)
-            # LSN 0: not known to be in the table until the swap
-            entries = [(name, key, text, 0, seq, False) for name, key, text, seq in chunk.unfit]
-            quarantine.keep(self.warehouse, table, entries)
-
-        self._alone(work)
+        self._alone(lambda: self._staging.stage(chunk))
         reach("during_copy")
 
-    def swap(
-        self,
-        oid: int,
-        lsn: int,
-        relfilenode: str,
-        columns: Sequence[StoredColumn],
-        key: Sequence[str],
-        files: Sequence[HistoryFile],
-    ) -> None:
+    def swap(self, copied: CopiedTable, files: Sequence[HistoryFile]) -> None:
         """Put the copy in the table's place, brought up to the checkpoint, and stream it from here on.
 
         Args:
-            lsn: the copy's L, not beyond the checkpoint.
-            relfilenode, columns, key: the table's definition in the copy's snapshot; `key` names the columns of its
-                replica identity, none where it has no key.
+            copied: its LSN is not beyond the checkpoint.
             files: what the history has of the copy's rows, under temporary names.
+
+        Raises:
+            TableError: it cannot be; the copy is lost.
         """
-        assert lsn <= self.position
+        assert copied.lsn <= self.position
         reach("before_swap")
         self.history.add(files)
 
         def work() -> None:
-            old = self.ledger.tables[oid]
-            if old.state not in ("copying", "resyncing"):
-                raise SinkError(
-                    f"table {old} was copied, but its changes were not kept meanwhile", "please report this"
-                )
-            new = dataclasses.replace(
-                old,
-                state="streaming",
-                reason="",
-                relfilenode=relfilenode,
-                copy_lsn=lsn,
-                columns=tuple(columns),
-                deletes=self._deletes,
-            )
-            staging, target = self._staging(old), self._target(old)
-            here = [old.schema, old.name]
-            where = "schema_name = ? AND table_name = ?"
-            # What was applied since L comes again below, from the buffer.
-            self.warehouse.execute(f"DELETE FROM _cdc.quarantine WHERE {where} AND lsn >= ?", [*here, lsn])
-            self.warehouse.execute(f"UPDATE _cdc.quarantine SET current = false WHERE {where} AND lsn > 0", here)
-            self.warehouse.execute(
-                f"UPDATE _cdc.quarantine SET current = true, lsn = ? WHERE {where} AND lsn = 0", [lsn, *here]
-            )
-            if self._deletes == "soft":
-                with of_table(old):
-                    self._carry_tombstones(old, lsn, key)
-            if self.history.root:
-                self.history.write(old.schema, old.name, _truncation(lsn, columns))
-            self.ledger.put(new)
-            for ordinal in self.ledger.buffered(oid, lsn):
-                in_history, message = self.ledger.read_buffer(ordinal)
-                rows = RelationRows.from_ipc(message).after(lsn)
-                new = self._follow(self.ledger.tables[oid], rows.relation, staging, int(rows.lsn[-1]))
-                self._change(new, staging, rows, logged=not in_history)
-            self.ledger.clear_buffer(oid)
-            self.warehouse.execute(f"DROP TABLE IF EXISTS {target}")
-            self.warehouse.execute(f"ALTER TABLE {staging} RENAME TO {quote(old.name)}")
-            refresh(self.warehouse, self._view, new)
-            self._replace_namesakes(new)
+            self._staging.swap(copied)
             self.ledger.record_files(self.history.settle())
 
         self._alone(work)
         self.history.publish()
         reach("after_swap")
 
-    def _replace_namesakes(self, table: Table) -> None:
-        """A table that was dropped and created again has a new OID: forget the old one."""
-        for other in list(self.ledger.tables.values()):
-            if other.oid != table.oid and (other.schema, other.name) == (table.schema, table.name):
-                self.ledger.forget(other.oid)
-
-    def _forget_copies(self) -> None:
-        """After a start: no copy is under way, so what a crash left of one is of no use."""
-        find = "SELECT schema_name, table_name FROM duckdb_tables() WHERE starts_with(table_name, ?)"
-        for schema_name, table_name in self.warehouse.execute(find, [_STAGING]):
-            self.warehouse.execute(f"DROP TABLE {self.warehouse.name(schema_name, table_name)}")
-        self.warehouse.execute("DELETE FROM _cdc.buffer")
-        self.warehouse.execute("DELETE FROM _cdc.quarantine WHERE lsn = 0")
-
-    def _refuse_namesake(self, table: Table) -> None:
-        """DuckDB ignores case: two tables whose names differ in nothing else cannot both be here."""
-        for other in self.ledger.tables.values():
-            if other.oid == table.oid or other.state in ("dropped", "error"):
-                continue
-            names, others = (table.schema, table.name), (other.schema, other.name)
-            if names != others and schema.folded(*names) == schema.folded(*others):
-                raise TableError(
-                    f"tables {table} and {other} have the same name to DuckDB",
-                    table.oid,
-                    "rename one of them in Postgres, or leave it out with CDC_TABLES",
-                )
-        if self.strangers([(table.schema, table.name)]):
-            raise TableError(
-                f"DuckDB has a {table} that cdc did not make and would have to replace",
-                table.oid,
-                "rename it, or leave the table out with CDC_TABLES; then `cdc resync` the table",
-            )
-
-    def _carry_tombstones(self, table: Table, lsn: int, key: Sequence[str]) -> None:
-        """Copy soft-deleted rows into the staged copy, as far as their columns are still there.
-
-        What the old content has alive and the copy has not was deleted while nobody followed the table. A value that
-        its column's new type cannot hold goes into quarantine.
-        """
-        staging, target = self._staging(table), self._target(table)
-        old, new = self._kinds(table.schema, table.name), self._kinds(table.schema, _staging_name(table))
-        if DELETED_AT not in old or not old.keys() >= set(key):
-            return
-        shared = {name: kind for name, kind in new.items() if name in old and name != DELETED_AT}
-        values = {
-            name: f"t.{quote(name)}" if old[name] == kind else f"TRY_CAST(t.{quote(name)} AS {kind})"
-            for name, kind in shared.items()
-        }
-        matched = " AND ".join(f"s.{quote(name)} = {values[name]}" for name in key)
-        where = (
-            f"NOT EXISTS (SELECT 1 FROM {staging} s WHERE {matched})" if key else f"t.{quote(DELETED_AT)} IS NOT NULL"
-        )
-        at = f"coalesce(t.{quote(DELETED_AT)}, now())" if key else f"t.{quote(DELETED_AT)}"
-        names = ", ".join(map(quote, shared))
-        label = quarantine.key_sql([(name, values[name]) for name in key])
-        misfits = f"FROM {target} t WHERE {where}"
-        for name in shared:
-            if old[name] != new[name]:
-                self.warehouse.execute(
-                    "INSERT INTO _cdc.quarantine "
-                    f"SELECT ?, ?, ?, {label}, CAST(t.{quote(name)} AS VARCHAR), ?, ?, true {misfits} "
-                    f"AND t.{quote(name)} IS NOT NULL AND {values[name]} IS NULL",
-                    [table.schema, table.name, name, lsn, COPY_SEQ],
-                )
-        self.warehouse.execute(
-            f"INSERT INTO {staging} ({names}, {quote(DELETED_AT)}) "
-            f"SELECT {', '.join(values.values())}, {at} FROM {target} t WHERE {where}"
-        )
-
-    def _kinds(self, schema_name: str, table_name: str) -> dict[str, str]:
-        """Return the columns of a table of the warehouse, in order, and their types."""
-        rows = self.warehouse.execute(
-            "SELECT column_name, data_type FROM duckdb_columns() WHERE database_name = current_database() "
-            "AND schema_name = ? AND table_name = ? ORDER BY column_index",
-            [schema_name, table_name],
-        )
-        return dict(rows)
-
     def _target(self, table: Table) -> str:
         return self.warehouse.name(table.schema, table.name)
-
-    def _staging(self, table: Table) -> str:
-        return self.warehouse.name(table.schema, _staging_name(table))
 
     def _alone(self, work: Callable[[], None]) -> None:
         """Run `work` in a transaction of its own. The stream must not have one open: it would be committed half-way."""
@@ -523,21 +358,3 @@ class Sink:
             if isinstance(error, duckdb.Error) and not isinstance(error, duckdb.InterruptException):
                 raise explain(error) from error
             raise
-
-
-def _staging_name(table: Table) -> str:
-    return f"{_STAGING}{table.oid}"
-
-
-def _truncation(lsn: int, columns: Sequence[StoredColumn]) -> pa.Table:
-    """Return the T row with which every copy begins, so that an emptied table replays too."""
-    nulls: Mapping[str, pa.Array] = {column.name: schema.nulls(column) for column in columns}
-    return as_log(
-        np.array([ord("T")], np.uint8),
-        np.array([lsn], np.uint64),
-        np.array([COPY_SEQ], np.int64),
-        np.array([0], np.uint32),
-        np.array([0], np.int64),
-        list(nulls),
-        list(nulls.values()),
-    )

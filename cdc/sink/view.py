@@ -77,13 +77,12 @@ def make_room(warehouse: Warehouse, view: View, tables: Iterable[Table]) -> str:
     return ""
 
 
-def refresh(warehouse: Warehouse, view: View | None, table: Table) -> None:
-    """Make `view` anew, if `table` is the one that it shows; its columns are new, or it is."""
-    if view is not None and view.table == str(table):
-        there = "SELECT 1 FROM duckdb_tables() WHERE schema_name = ? AND table_name = ?"
-        if not warehouse.execute(there, [table.schema, table.name]):
-            return  # somebody has dropped it, or it comes under another name: with its next copy
-        name = warehouse.name(_SCHEMA, view.name)
-        target = warehouse.name(table.schema, table.name)
-        warehouse.execute(f"CREATE OR REPLACE VIEW {name} AS SELECT * FROM {target}")
-        warehouse.execute(f"COMMENT ON VIEW {name} IS '{MARK}'")
+def refresh(warehouse: Warehouse, view: View, table: Table) -> None:
+    """Make `view` anew, to show `table`: its columns are new, its name, or the table itself."""
+    there = "SELECT 1 FROM duckdb_tables() WHERE schema_name = ? AND table_name = ?"
+    if not warehouse.execute(there, [table.schema, table.name]):
+        return  # somebody has dropped it, or it comes under another name: with its next copy
+    name = warehouse.name(_SCHEMA, view.name)
+    target = warehouse.name(table.schema, table.name)
+    warehouse.execute(f"CREATE OR REPLACE VIEW {name} AS SELECT * FROM {target}")
+    warehouse.execute(f"COMMENT ON VIEW {name} IS '{MARK}'")

@@ -257,6 +257,15 @@ class Warehouse:
         self._go_on()
         return self.connection.sql(sql).to_arrow_table()
 
+    def batches(self, sql: str, rows: int) -> Iterator[pa.RecordBatch]:
+        """Run one query and yield its result, about `rows` at a time; run no other meanwhile.
+
+        Raises:
+            duckdb.InterruptException: after `interrupt`.
+        """
+        self._go_on()
+        yield from self.connection.sql(sql).to_arrow_reader(rows)
+
     @contextlib.contextmanager
     def view(self, name: str, table: pa.Table) -> Iterator[None]:
         """Let SQL see the Arrow `table` under `name`, without a copy."""

@@ -19,6 +19,7 @@ from cdc.source.connection import Connection, translated
 
 __all__ = [
     "Attribute",
+    "Member",
     "PublishedTable",
     "TableDefinition",
     "definition",
@@ -48,13 +49,35 @@ class Attribute:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Member:
+    """A table of a partition tree; of an ordinary table, itself.
+
+    Attributes:
+        is_leaf: it has storage.
+        link: xmin of the row of pg_inherits that attaches it to its parent; 0: of the root.
+        xid: xmin of its row of pg_class: which transaction wrote that last, a TRUNCATE, say.
+        altered: that transaction has written columns, too, as ALTER TABLE ... TYPE does.
+        born: it was made by CREATE TABLE ... PARTITION OF, and so had no row before it was a partition.
+    """
+
+    oid: int
+    is_leaf: bool
+    relfilenode: int
+    link: int
+    xid: int
+    altered: bool
+    born: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class TableDefinition:
     """An ordinary or partitioned table.
 
     Attributes:
         relkind: r ordinary, p partitioned.
-        relfilenodes: (OID, relfilenode) of the table itself, or of each leaf of a partitioned one, by OID.
+        members: the table and all partitions below it, by OID.
         attributes: without dropped ones, in the order of attnum.
+        natts: the highest attnum that was ever used.
         replica_identity: d default, n nothing, f full, i index.
         identity_usable: whether its updates and deletes can be published without making them fail, and be followed:
             a valid key, or FULL. Of a partitioned table every leaf must send what the root's Relation promises: the
@@ -66,11 +89,22 @@ class TableDefinition:
     schema: str
     name: str
     relkind: str
-    relfilenodes: tuple[tuple[int, int], ...]
+    members: tuple[Member, ...]
     attributes: tuple[Attribute, ...]
+    natts: int
     replica_identity: str
     identity_usable: bool
     key: tuple[int, ...]
+
+    @property
+    def storage(self) -> str:
+        """What changes when the table is rewritten, or a partition is attached or detached, as text to keep."""
+        return ",".join(f"{m.oid}:{m.relfilenode}:{m.link}" for m in self.members)
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """OIDs of what has storage."""
+        return tuple(member.oid for member in self.members if member.is_leaf)
 
     def __str__(self) -> str:
         return f"{self.schema}.{self.name}"
@@ -101,19 +135,26 @@ class PublishedTable:
 # whose text array_out does not quote.
 _DEFINITIONS = """
     WITH RECURSIVE wanted AS MATERIALIZED (
-        SELECT c.oid, n.nspname, c.relname, c.relkind, c.relreplident
+        SELECT c.oid, n.nspname, c.relname, c.relkind, c.relreplident, c.relnatts
         FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
         WHERE c.relkind IN ('r', 'p') AND {condition}
     ), tree AS (
-        SELECT oid AS root, oid AS member, relkind, true AS is_root FROM wanted
+        SELECT oid AS root, oid AS member, relkind, true AS is_root, '0'::xid AS link FROM wanted
         UNION ALL
-        SELECT tree.root, c.oid, c.relkind, false
+        SELECT tree.root, c.oid, c.relkind, false, i.xmin
         FROM tree
         JOIN pg_catalog.pg_inherits AS i ON i.inhparent = tree.member
         JOIN pg_catalog.pg_class AS c ON c.oid = i.inhrelid
         WHERE tree.relkind = 'p'
     ), members AS MATERIALIZED (
-        SELECT tree.root, tree.is_root, c.oid, c.relkind, c.relreplident, c.relfilenode, key.attnums, key.names
+        SELECT tree.root, tree.is_root, c.oid, c.relkind, c.relreplident, c.relfilenode, key.attnums, key.names,
+               tree.link, c.xmin AS xid,
+               -- ATTACH PARTITION writes the columns anew; CREATE TABLE ... PARTITION OF just once, with the row type.
+               EXISTS (SELECT FROM pg_catalog.pg_attribute AS a
+                       WHERE a.attrelid = c.oid AND a.attnum > 0 AND a.xmin = c.xmin) AS altered,
+               NOT tree.is_root AND (SELECT coalesce(bool_or(a.xmin = t.xmin AND a.cmin = t.cmin), false)
+                FROM pg_catalog.pg_attribute AS a JOIN pg_catalog.pg_type AS t ON t.oid = c.reltype
+                WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS born
         FROM tree
         JOIN pg_catalog.pg_class AS c ON c.oid = tree.member
         LEFT JOIN LATERAL (
@@ -135,8 +176,10 @@ _DEFINITIONS = """
             FROM pg_catalog.pg_attribute AS a LEFT JOIN pg_catalog.pg_type AS t ON t.oid = a.atttypid
             WHERE a.attrelid = w.oid AND a.attnum > 0 AND NOT a.attisdropped),
            (SELECT json_agg(json_build_array(m.is_root, m.oid::int8, m.relkind, m.relreplident, m.relfilenode::int8,
-                                             m.attnums, m.names) ORDER BY m.oid)
-            FROM members AS m WHERE m.root = w.oid)
+                                             m.attnums, m.names, m.link::text::int8, m.xid::text::int8, m.altered, m.born)
+                             ORDER BY m.oid)
+            FROM members AS m WHERE m.root = w.oid),
+           w.relnatts
     FROM wanted AS w
     ORDER BY w.nspname, w.relname"""
 
@@ -292,7 +335,7 @@ def _definitions(connection: Connection, condition: sql.Composable) -> list[Tabl
 
 
 def _definition(row: tuple[Any, ...]) -> TableDefinition:
-    oid, schema, name, relkind, identity, attributes, members = row
+    oid, schema, name, relkind, identity, attributes, members, natts = row
     root = next(member for member in members if member[0])
     leaves = [member for member in members if member[2] != "p"]
     return TableDefinition(
@@ -300,8 +343,9 @@ def _definition(row: tuple[Any, ...]) -> TableDefinition:
         schema=schema,
         name=name,
         relkind=relkind,
-        relfilenodes=tuple((member[1], member[4]) for member in leaves),
+        members=tuple(Member(m[1], m[2] != "p", m[4], m[7], m[8], m[9], m[10]) for m in members),
         attributes=tuple(Attribute(*attribute) for attribute in attributes or ()),
+        natts=natts,
         replica_identity=identity,
         identity_usable=_promises(root) and all(_keeps(leaf, root) for leaf in leaves),
         key=tuple(root[5] or ()),

@@ -189,7 +189,7 @@ def _identifier(table: TableDefinition) -> sql.Identifier:
 
 def _sizes(session: Connection, table: TableDefinition) -> tuple[int, int]:
     """Return the size of the table's largest part, itself or a partition, and that of all together, in bytes."""
-    parts = [str(oid) for oid, _ in table.relfilenodes]
+    parts = [str(oid) for oid in table.leaves]
     with translated(f"size of {table}"):
         rows = session.execute("SELECT pg_relation_size(p) FROM unnest(%s::oid[]) AS p", [parts]).fetchall()
     sizes = [int(size or 0) for (size,) in rows]

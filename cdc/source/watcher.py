@@ -1,4 +1,4 @@
-"""Looks at the publications now and then: adds tables that match our patterns, and tells what is published.
+"""Looks at the catalog now and then: adds tables that match our patterns, and tells what is published, and how stored.
 
 State: one thread and the newest answer. A server that cannot be reached is the stream's concern; here it is only asked
 again at the next poll.
@@ -11,9 +11,9 @@ import threading
 from collections.abc import Sequence
 
 from cdc.errors import CdcError, SourceError
-from cdc.source import catalog, publication
-from cdc.source.catalog import PublishedTable
+from cdc.source import publication
 from cdc.source.connection import connect
+from cdc.source.look import Look, look
 
 __all__ = ["POLL_S", "Watcher"]
 
@@ -37,7 +37,7 @@ class Watcher:
         self._patterns = tuple(patterns)
         self._exclude = tuple(exclude)
         self._stopping = threading.Event()
-        self._latest: list[PublishedTable] | None = None
+        self._latest: Look | None = None
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="cdc-watcher", daemon=True)
 
@@ -51,7 +51,7 @@ class Watcher:
         if self._thread.ident is not None:
             self._thread.join(2.0)
 
-    def latest(self) -> list[PublishedTable] | None:
+    def latest(self) -> Look | None:
         """Return the newest answer, once; None: there is no new one."""
         with self._lock:
             latest, self._latest = self._latest, None
@@ -64,7 +64,7 @@ class Watcher:
                     # What cannot be added for a lock that an ALTER holds, say, the next poll tries again.
                     with contextlib.suppress(SourceError):
                         publication.ensure(connection, self._publications[0], self._patterns, self._exclude)
-                    found = catalog.published(connection, self._publications)
+                    found = look(connection, self._publications)
             except CdcError:
                 # A restart: the next poll sees what this one did not.
                 continue

@@ -98,14 +98,16 @@ def test_relfilenodes_are_the_leaves(database: Database, user_tables: dict[str, 
     rows = database.execute(
         "SELECT c.oid::int8, pg_relation_filenode(c.oid)::int8 FROM pg_class c WHERE relname IN ('leaf1', 'leaf2')"
     )
-    assert sorted(user_tables["root"].relfilenodes) == sorted(rows)
+    root = user_tables["root"]
+    assert sorted((m.oid, m.relfilenode) for m in root.members if m.is_leaf) == sorted(rows)
+    assert sorted(root.leaves) == sorted(oid for oid, _ in rows)
     keyed = user_tables["keyed"]
-    assert keyed.relfilenodes == ((keyed.oid, keyed.oid),)
+    assert keyed.storage == f"{keyed.oid}:{keyed.oid}:0"
     database.execute("VACUUM FULL keyed")
     with connect(database.dsn) as connection:
         now = catalog.definition(connection, keyed.oid)
     assert now is not None
-    assert now.relfilenodes != keyed.relfilenodes
+    assert now.storage != keyed.storage
     assert now.attributes == keyed.attributes
 
 
@@ -157,9 +159,42 @@ def test_a_definition_is_that_of_the_snapshot(database: Database) -> None:
         assert len(now) == 1
         (table,) = now.values()
         assert table.name == "t2"
-        assert table.relfilenodes != before[table.oid].relfilenodes
+        assert table.storage != before[table.oid].storage
         assert catalog.definition(connection, 4_294_967_290) is None
     old.close()
+
+
+def test_how_a_leaf_came(database: Database) -> None:
+    """F4: whether a partition may have had rows before it was one; attached anew, it has another link."""
+    database.execute(
+        "CREATE TABLE r (i int, v text NOT NULL DEFAULT 'x', PRIMARY KEY (i)) PARTITION BY RANGE (i);"
+        "CREATE TABLE born PARTITION OF r FOR VALUES FROM (0) TO (10);"
+        "CREATE TABLE own PARTITION OF r (v DEFAULT 'u', CHECK (i <> 13)) FOR VALUES FROM (10) TO (20);"
+        "CREATE TABLE sub PARTITION OF r FOR VALUES FROM (20) TO (30) PARTITION BY RANGE (i);"
+        "CREATE TABLE below PARTITION OF sub FOR VALUES FROM (20) TO (30)"
+    )
+    database.execute("CREATE TABLE late (LIKE r INCLUDING ALL)")
+    with database.connect(autocommit=False) as one:
+        one.execute("CREATE TABLE filled (i int PRIMARY KEY, v text NOT NULL)")
+        one.execute("SAVEPOINT s; INSERT INTO filled VALUES (41, 'a'); RELEASE s")
+        one.execute("ALTER TABLE r ATTACH PARTITION filled FOR VALUES FROM (40) TO (50)")
+    database.execute("ALTER TABLE r ATTACH PARTITION late FOR VALUES FROM (30) TO (40)")
+    with connect(database.dsn) as connection:
+        (root,) = (table for table in catalog.user_tables(connection) if table.name == "r")
+        names = dict(
+            database.execute(
+                "SELECT oid::int8, relname FROM pg_class WHERE relname = ANY (%s)",
+                [["born", "own", "sub", "below", "late", "filled"]],
+            )
+        )
+        found = {names[m.oid]: m.born for m in root.members if m.oid != root.oid}
+        assert found == {"born": True, "own": True, "sub": True, "below": True, "late": False, "filled": False}
+        database.execute("ALTER TABLE r DETACH PARTITION born")
+        database.execute("ALTER TABLE r ATTACH PARTITION born FOR VALUES FROM (0) TO (10)")
+        again = catalog.definition(connection, root.oid)
+        assert again is not None
+        assert {m.oid for m in again.members} == {m.oid for m in root.members}
+        assert again.storage != root.storage
 
 
 def test_published(database: Database, user_tables: dict[str, TableDefinition]) -> None:

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from cdc.errors import SinkError, StateError
-from cdc.sink.checkpoint import FORMAT, Checkpoint, Ledger, StoredColumn, Table
+from cdc.sink.checkpoint import FORMAT, Checkpoint, Ledger, SchemaChange, StoredColumn, Table
 from cdc.sink.history import HistoryFile
 from cdc.sink.warehouse import Warehouse
 
 INTENT = Checkpoint("7300000000000000001", "shop", "cdc", "cdc", None)
 COLUMNS = (StoredColumn("id", 23, -1, 1), StoredColumn('we"ird\n', 1700, 655366, 4))
-TABLE = Table(4294967295, "public", "o'rders", "streaming", "", "1:2", 2**63 + 1, COLUMNS, "soft", "cdc,cdc_append")
+TABLE = Table(
+    4294967295, "public", "o'rders", "streaming", "", "1:2:0", 2**63 + 1, COLUMNS, 5, "soft", "cdc,cdc_append"
+)
 
 
 @pytest.fixture
@@ -186,11 +188,35 @@ def test_notes(warehouse: Warehouse, ledger: Ledger) -> None:
     ledger.record_files([HistoryFile("a", "s", "t", 1, 1, 2), HistoryFile("b", "s", "t", 1, 3, 2**64 - 1)])
     assert ledger.known_files(["b", "c"]) == {"b"}
     assert ledger.known_files([]) == set()
-    ledger.record_change(TABLE, 7, "column x added")
+    ledger.record_change(TABLE, SchemaChange(7, 2, "column x added"))
     ledger.touch({TABLE.oid: 1_709_210_096_789_000})
-    assert warehouse.execute("SELECT table_name, lsn, change FROM _cdc.schema_changes") == [
-        ("o'rders", 7, "column x added")
+    assert warehouse.execute("SELECT table_name, oid, lsn, seq, change FROM _cdc.schema_changes") == [
+        ("o'rders", TABLE.oid, 7, 2, "column x added")
     ]
     assert warehouse.execute("SELECT last_change_ts::VARCHAR FROM _cdc.tables") == [("2024-02-29 12:34:56.789+00",)]
     ledger.put(TABLE)
     assert warehouse.execute("SELECT last_change_ts IS NULL FROM _cdc.tables") == [(False,)]
+
+
+def test_an_older_format_is_upgraded(warehouse: Warehouse, ledger: Ledger) -> None:
+    """Format 1 had no links in what it knew of storage: that is unknown, and all else stays."""
+    warehouse.begin()
+    ledger.put(TABLE)
+    for statement in (
+        "ALTER TABLE _cdc.tables RENAME storage TO relfilenode",
+        "UPDATE _cdc.tables SET relfilenode = '1:2'",
+        "ALTER TABLE _cdc.tables DROP natts",
+        *(
+            f"ALTER TABLE _cdc.schema_changes DROP {name}"
+            for name in ("oid", "seq", "old_name", "new_name", "default_value")
+        ),
+        "UPDATE _cdc.meta SET format = 1",
+    ):
+        warehouse.execute(statement)
+    warehouse.commit()
+    again = reopened(warehouse)
+    assert again.tables == {TABLE.oid: dataclasses.replace(TABLE, storage="", natts=0)}
+    assert warehouse.execute("SELECT format FROM _cdc.meta") == [(FORMAT,)]
+    again.put(TABLE)
+    again.record_change(TABLE, SchemaChange(7, 2, "column a renamed to b", "a", "b"))
+    assert reopened(warehouse).tables == {TABLE.oid: TABLE}

@@ -1,0 +1,266 @@
+"""Tables whose definition changes: what DDL has done in Postgres is done here, in the transaction of what follows it.
+
+Column by column where that is certain (schema.py); where it is not, `Resync` asks for a new copy. What was done is
+written down in ``_cdc.schema_changes``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+
+from cdc.errors import TableError
+from cdc.failpoints import reach
+from cdc.pgoutput.masks import Masks
+from cdc.pgoutput.messages import Relation
+from cdc.pgoutput.types import column_type
+from cdc.sink import quarantine, schema
+from cdc.sink.apply import of_table
+from cdc.sink.checkpoint import Ledger, SchemaChange, StoredColumn, Table
+from cdc.sink.history import History, as_log
+from cdc.sink.schema import DELETED_AT, Change, LiveTable
+from cdc.sink.view import View, refresh
+from cdc.sink.warehouse import Warehouse, quote
+
+__all__ = ["COPY_SEQ", "Evolution", "Moment", "Resync", "truncation"]
+
+COPY_SEQ = -(1 << 59)
+"""_seq of a copy's T row; its S rows follow from COPY_SEQ + 1 on, all negative."""
+
+_CHUNK_ROWS = 100_000
+
+
+class Resync(TableError):
+    """The stream alone can no longer make this table right: it has to be copied again."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Moment:
+    """A place in the stream: the first change that has the new definition; where DDL has none, a position and seq 0.
+
+    Attributes:
+        at: commit time, microseconds since 1970 UTC.
+    """
+
+    lsn: int
+    seq: int
+    at: int
+
+
+class Evolution:
+    """Follows DDL in the open transaction, which others begin and end.
+
+    State: since the last `take`, what was followed; per name, up to which LSN the history has changes.
+    """
+
+    def __init__(
+        self,
+        warehouse: Warehouse,
+        ledger: Ledger,
+        history: History,
+        live: Callable[[int], LiveTable | None],
+        masks: Masks,
+        view: View | None,
+    ) -> None:
+        """Create one.
+
+        Args:
+            live: returns the published table with an OID as the catalog has it now, None if it is gone.
+            masks: CDC_MASK.
+            view: kept in step with its table.
+        """
+        self._warehouse = warehouse
+        self._ledger = ledger
+        self._history = history
+        self._live = live
+        self._masks = masks
+        self._view = view
+        self._viewed: int | None = None
+        self._followed: list[tuple[Table, str]] = []
+        self._logged: dict[tuple[str, str], int] = {}
+
+    def take(self) -> list[tuple[Table, str]]:
+        """Return what was followed since the last call: table, and what changed."""
+        followed, self._followed = self._followed, []
+        return followed
+
+    def logged(self, table: Table, lsn: int) -> None:
+        """Note that the history has changes under this name up to `lsn`."""
+        self._logged[table.schema, table.name] = lsn
+
+    def follow(
+        self, table: Table, relation: Relation, target: str, moment: Moment, live: LiveTable | None = None
+    ) -> Table:
+        """Bring `target` (quoted) to the columns of `relation`; return the table as it is then.
+
+        It is in state resyncing, if a copy has to make sure of its rows.
+
+        Args:
+            live: the table as the catalog has it; None: it is asked.
+
+        Raises:
+            Resync: only a new copy can.
+            TableError: DuckDB cannot have columns of these names.
+        """
+        if schema.same(table.columns, relation):
+            return table
+        plan = schema.plan(target, table, relation, live or self._live(relation.oid))
+        if plan is None:
+            raise Resync(f"the definition of {table} changed in a way that needs a new copy", table.oid)
+        schema.refuse(table, plan.columns, soft=table.deletes == "soft", logged=self._history.root is not None)
+        with of_table(table):
+            for statement, parameters in plan.statements:
+                self._warehouse.execute(statement, parameters)
+                reach("during_ddl_apply")
+        names = {c.old_name: c.new_name for c in plan.changes if c.old_name is not None and c.new_name is not None}
+        left = {column.attnum for column in plan.columns}
+        quarantine.forget_columns(self._warehouse, table, [c.name for c in table.columns if c.attnum not in left])
+        quarantine.rename_columns(self._warehouse, table, names)
+        table = dataclasses.replace(table, columns=plan.columns, natts=plan.natts)
+        if plan.rewritten and table.state == "streaming":
+            table = dataclasses.replace(table, state="resyncing", reason="")
+        self._ledger.put(table)
+        for change in plan.changes:
+            self._note(table, moment, change)
+        return table
+
+    def rename(self, table: Table, names: tuple[str, str], target: str, moment: Moment) -> Table:
+        """Give a mirrored table its new schema and name, here and in the history; return it as it is then.
+
+        The history has a folder per name: the new one begins with the rows that the table has.
+
+        Args:
+            names: schema and name.
+            target: its present name, quoted.
+
+        Raises:
+            Resync: only a new copy can.
+            TableError: the name is taken by something that is not ours, or its masks go by the old name.
+        """
+        if stale := self._masked(table):
+            raise stale
+        if self._history.root is not None and self._logged.get(names) == moment.lsn:
+            raise Resync(f"{table} is {'.'.join(names)} now, a name that the same transaction used before", table.oid)
+        self.make_room(table.oid, *names)
+        renamed = dataclasses.replace(table, schema=names[0], name=names[1])
+        self.move(table, renamed, target)
+        quarantine.rename_table(self._warehouse, table, names)
+        self._ledger.put(renamed)
+        self._note(renamed, moment, Change(f"table {table} renamed to {renamed}"))
+        self._log_rows(renamed, moment)
+        self.show(renamed, of=str(table))
+        return renamed
+
+    def move(self, table: Table, renamed: Table, source: str) -> None:
+        """Give the DuckDB table `source` (quoted) the names of `renamed`."""
+        target = self._warehouse.name(renamed.schema, renamed.name)
+        with of_table(table):
+            if renamed.schema == table.schema:
+                detour = f"_cdc_moved_{table.oid}"  # DuckDB ignores case: `t` is in the way of `T`
+                self._warehouse.execute(f"ALTER TABLE {source} RENAME TO {quote(detour)}")
+                source = self._warehouse.name(table.schema, detour)
+                self._warehouse.execute(f"ALTER TABLE {source} RENAME TO {quote(renamed.name)}")
+            else:
+                self._warehouse.execute(f"CREATE SCHEMA IF NOT EXISTS {self._warehouse.name(renamed.schema)}")
+                self._warehouse.execute(f"CREATE TABLE {target} AS FROM {source}")
+                self._warehouse.execute(f"DROP TABLE {source}")
+
+    def make_room(self, oid: int, schema_name: str, name: str) -> None:
+        """Take the name from the table that has it here: one that is gone goes, one that has another name will tell.
+
+        Raises:
+            TableError: it is none of ours.
+        """
+        wanted = schema.folded(schema_name, name)
+        for other in list(self._ledger.tables.values()):
+            if other.oid == oid or schema.folded(other.schema, other.name) != wanted:
+                continue
+            target = self._warehouse.name(other.schema, other.name)
+            if other.state == "dropped":  # and a table was created under its name, which has a new OID
+                self._warehouse.execute(f"DROP TABLE IF EXISTS {target}")
+                self._ledger.forget(other.oid)
+            if other.state == "dropped" or other.copy_lsn is None:
+                continue
+            aside = dataclasses.replace(other, name=f"_cdc_moved_{other.oid}")
+            self._warehouse.execute(f"ALTER TABLE {target} RENAME TO {quote(aside.name)}")
+            quarantine.rename_table(self._warehouse, other, (aside.schema, aside.name))
+            if stale := self._masked(other):
+                aside = dataclasses.replace(aside, state="error", reason=str(stale))
+            self._ledger.put(aside)
+        if schema.strangers(self._warehouse, self._ledger.tables.values(), [(schema_name, name)]):
+            raise TableError(
+                f"DuckDB has a {schema_name}.{name} that cdc did not make and would have to replace",
+                oid,
+                "rename it, or leave the table out with CDC_TABLES; then `cdc resync` the table",
+            )
+
+    def show(self, table: Table, of: str = "") -> None:
+        """Make the view anew, if `table` is the one that it shows; `of`: the name by which it did until now."""
+        if self._view is not None and self._view.table in (str(table), of):
+            self._viewed = table.oid
+        if self._view is not None and self._viewed == table.oid:
+            refresh(self._warehouse, self._view, table)
+
+    def _masked(self, table: Table) -> TableError | None:
+        """Return why a table that has masks cannot get another name: these go by the one that it has."""
+        if not any(name.startswith(f"{table}.") for name in self._masks):
+            return None
+        return TableError(
+            f"table {table} has another name now, and CDC_MASK goes by the old one",
+            table.oid,
+            "put CDC_MASK right, start the consumer again, and `cdc resync` the table",
+        )
+
+    def _log_rows(self, table: Table, moment: Moment) -> None:
+        """Begin the history of a table under its new name with a copy of what it has."""
+        if self._history.root is None:
+            return
+        self._history.write(table.schema, table.name, truncation(moment.lsn, table.columns))
+        kinds = [column_type(c.type_oid, c.typmod).arrow for c in table.columns]
+        picks = ", ".join(
+            f"CAST({quote(c.name)} AS VARCHAR)" if pa.types.is_string(kind) else quote(c.name)
+            for c, kind in zip(table.columns, kinds, strict=True)
+        )
+        where = f"WHERE {quote(DELETED_AT)} IS NULL" if table.deletes == "soft" else ""
+        found = self._warehouse.batches(
+            f"SELECT {picks} FROM {self._warehouse.name(table.schema, table.name)} {where}", _CHUNK_ROWS
+        )
+        seq = COPY_SEQ + 1
+        for batch in found:
+            n = batch.num_rows
+            log = as_log(
+                np.full(n, ord("S"), np.uint8),
+                np.full(n, moment.lsn, np.uint64),
+                np.arange(seq, seq + n),
+                np.zeros(n, np.uint32),
+                np.full(n, moment.at, np.int64),
+                [column.name for column in table.columns],
+                [batch.column(i).cast(kind) for i, kind in enumerate(kinds)],
+            )
+            seq += n
+            file = self._history.describe(table.schema, table.name, log)
+            self._history.write_temporary(file, log)
+            self._history.add([file])
+        self.logged(table, moment.lsn)
+
+    def _note(self, table: Table, moment: Moment, change: Change) -> None:
+        noted = SchemaChange(moment.lsn, moment.seq, change.text, change.old_name, change.new_name, change.default)
+        self._ledger.record_change(table, noted)
+        self._followed.append((table, change.text))
+
+
+def truncation(lsn: int, columns: tuple[StoredColumn, ...]) -> pa.Table:
+    """Return the T row with which every copy begins, so that an emptied table replays too."""
+    nulls = {column.name: schema.nulls(column) for column in columns}
+    return as_log(
+        np.array([ord("T")], np.uint8),
+        np.array([lsn], np.uint64),
+        np.array([COPY_SEQ], np.int64),
+        np.array([0], np.uint32),
+        np.array([0], np.int64),
+        list(nulls),
+        list(nulls.values()),
+    )

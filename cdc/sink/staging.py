@@ -1,0 +1,255 @@
+"""Copies of tables, from their first row until they replace what was there.
+
+A copy is a table beside its target, where readers do not look, until `swap` puts it in the target's place together with
+the changes that came since. All of it happens in transactions that the sink begins and ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import pyarrow as pa
+
+from cdc.errors import SinkError, TableError
+from cdc.pgoutput.rows import RelationRows
+from cdc.sink import quarantine, schema
+from cdc.sink.apply import insert, of_table
+from cdc.sink.checkpoint import Ledger, StoredColumn, Table
+from cdc.sink.evolve import COPY_SEQ, Evolution, Moment, Resync, truncation
+from cdc.sink.history import History, HistoryFile
+from cdc.sink.schema import DELETED_AT
+from cdc.sink.warehouse import Warehouse, quote
+
+__all__ = ["CopiedChunk", "CopiedTable", "Staging"]
+
+_PREFIX = "_cdc_copy_"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CopiedChunk:
+    """Some rows of a copied table.
+
+    Attributes:
+        rows: the table's columns, by name.
+        file: where the history has these rows; None: there is no history.
+        unfit: (column name, key or None, text, seq) of values that their type cannot hold.
+    """
+
+    oid: int
+    rows: pa.Table
+    file: HistoryFile | None
+    unfit: Sequence[tuple[str, str | None, str, int]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CopiedTable:
+    """A table as a copy's snapshot has it.
+
+    Attributes:
+        lsn: the copy's L: what was committed before is in it, nothing that was committed from there on.
+        storage, natts, columns: see `Table`.
+        key: names of the columns of its replica identity, none where it has no key.
+    """
+
+    oid: int
+    schema: str
+    name: str
+    lsn: int
+    storage: str
+    natts: int
+    columns: tuple[StoredColumn, ...]
+    key: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.schema}.{self.name}"
+
+
+class Staging:
+    """The copies that are being made. State: in which schema each (by OID) has its table."""
+
+    def __init__(
+        self,
+        warehouse: Warehouse,
+        ledger: Ledger,
+        history: History,
+        evolution: Evolution,
+        change: Callable[[Table, str, RelationRows, bool], None],
+        *,
+        deletes: str,
+    ) -> None:
+        """Create it with no copy.
+
+        Args:
+            change: applies rows to a DuckDB table (quoted), and writes them to the history if told so.
+            deletes: CDC_DELETES, for tables that are copied from now on.
+        """
+        self._warehouse = warehouse
+        self._ledger = ledger
+        self._history = history
+        self._evolution = evolution
+        self._change = change
+        self._deletes = deletes
+        self._schemas: dict[int, str] = {}
+
+    def begin(self, oid: int) -> None:
+        """From the current position on, keep the table's changes for a copy that is about to be made."""
+        table = self._ledger.tables[oid]
+        self._ledger.clear_buffer(oid)
+        self._drop(oid)
+        if table.state != "resyncing":
+            self._ledger.put(dataclasses.replace(table, state="copying", reason=""))
+
+    def begin_rows(self, copied: CopiedTable) -> None:
+        """Make room for the copy's rows.
+
+        Raises:
+            TableError: DuckDB has no room for a table, or for columns, of these names.
+        """
+        table = dataclasses.replace(self._ledger.tables[copied.oid], schema=copied.schema, name=copied.name)
+        self._refuse_namesake(table)
+        soft = self._deletes == "soft"
+        schema.refuse(table, copied.columns, soft=soft, logged=self._history.root is not None)
+        self._drop(copied.oid)
+        self._schemas[copied.oid] = copied.schema
+        with of_table(table):
+            self._warehouse.execute(f"CREATE SCHEMA IF NOT EXISTS {self._warehouse.name(copied.schema)}")
+            self._warehouse.execute(schema.create_table(self._table(copied.oid), copied.columns, soft=soft))
+        quarantine.forget_copy(self._warehouse, self._ledger.tables[copied.oid])
+
+    def stage(self, chunk: CopiedChunk) -> None:
+        """Keep some copied rows."""
+        table = self._ledger.tables[chunk.oid]
+        with of_table(table):
+            insert(self._warehouse, self._table(chunk.oid), chunk.rows)
+        # LSN 0: not known to be in the table until the swap
+        entries = [(name, key, text, 0, seq, False) for name, key, text, seq in chunk.unfit]
+        quarantine.keep(self._warehouse, table, entries)
+
+    def swap(self, copied: CopiedTable) -> None:
+        """Put the copy in the table's place, brought up to the checkpoint, and stream it from here on.
+
+        Raises:
+            TableError: see `Evolution`.
+        """
+        old = self._ledger.tables[copied.oid]
+        if old.state not in ("copying", "resyncing"):
+            raise SinkError(f"table {old} was copied, but its changes were not kept meanwhile", "please report this")
+        new = dataclasses.replace(
+            old,
+            schema=copied.schema,
+            name=copied.name,
+            state="streaming",
+            reason="",
+            storage=copied.storage,
+            natts=copied.natts,
+            copy_lsn=copied.lsn,
+            columns=copied.columns,
+            deletes=self._deletes,
+        )
+        staging = self._table(copied.oid)
+        quarantine.take_copy(self._warehouse, old, copied.lsn)
+        if self._deletes == "soft":
+            with of_table(old):
+                self._carry_tombstones(old, staging, copied.lsn, copied.key)
+        if (old.schema, old.name) != (new.schema, new.name):
+            quarantine.rename_table(self._warehouse, old, (new.schema, new.name))
+        if self._history.root:
+            self._history.write(new.schema, new.name, truncation(copied.lsn, copied.columns))
+            self._evolution.logged(new, copied.lsn)
+        self._ledger.put(new)
+        for ordinal in self._ledger.buffered(copied.oid, copied.lsn):
+            in_history, message = self._ledger.read_buffer(ordinal)
+            rows = RelationRows.from_ipc(message).after(copied.lsn)
+            if (rows.relation.namespace, rows.relation.name) != (new.schema, new.name):
+                raise Resync(f"table {new} got another name while it was copied", new.oid)
+            moment = Moment(int(rows.lsn[0]), int(rows.seq[0]), int(rows.commit_ts[0]))
+            new = self._evolution.follow(self._ledger.tables[copied.oid], rows.relation, staging, moment)
+            self._change(new, staging, rows, not in_history)
+            new = self._ledger.tables[copied.oid]
+        self._ledger.clear_buffer(copied.oid)
+        if old.copy_lsn is not None:
+            self._warehouse.execute(f"DROP TABLE IF EXISTS {self._warehouse.name(old.schema, old.name)}")
+        self._evolution.make_room(new.oid, new.schema, new.name)
+        self._warehouse.execute(f"ALTER TABLE {staging} RENAME TO {quote(new.name)}")
+        self._evolution.show(new, of=str(old))
+
+    def forget(self) -> None:
+        """After a start: no copy is under way, so what a crash left of one is of no use."""
+        find = "SELECT schema_name, table_name FROM duckdb_tables() WHERE starts_with(table_name, ?)"
+        for schema_name, table_name in self._warehouse.execute(find, [_PREFIX]):
+            self._warehouse.execute(f"DROP TABLE {self._warehouse.name(schema_name, table_name)}")
+        self._warehouse.execute("DELETE FROM _cdc.buffer")
+        self._warehouse.execute("DELETE FROM _cdc.quarantine WHERE lsn = 0")
+
+    def _table(self, oid: int) -> str:
+        return self._warehouse.name(self._schemas[oid], f"{_PREFIX}{oid}")
+
+    def _drop(self, oid: int) -> None:
+        if oid in self._schemas:
+            self._warehouse.execute(f"DROP TABLE IF EXISTS {self._table(oid)}")
+
+    def _refuse_namesake(self, table: Table) -> None:
+        """DuckDB ignores case: two tables whose names differ in nothing else cannot both be here."""
+        for other in self._ledger.tables.values():
+            if other.oid == table.oid or other.state in ("dropped", "error"):
+                continue
+            names, others = (table.schema, table.name), (other.schema, other.name)
+            if names != others and schema.folded(*names) == schema.folded(*others):
+                raise TableError(
+                    f"tables {table} and {other} have the same name to DuckDB",
+                    table.oid,
+                    "rename one of them in Postgres, or leave it out with CDC_TABLES",
+                )
+        if schema.strangers(self._warehouse, self._ledger.tables.values(), [(table.schema, table.name)]):
+            raise TableError(
+                f"DuckDB has a {table} that cdc did not make and would have to replace",
+                table.oid,
+                "rename it, or leave the table out with CDC_TABLES; then `cdc resync` the table",
+            )
+
+    def _carry_tombstones(self, table: Table, staging: str, lsn: int, key: Sequence[str]) -> None:
+        """Copy soft-deleted rows into the staged copy, as far as their columns are still there.
+
+        What the old content has alive and the copy has not was deleted while nobody followed the table. A value that
+        its column's new type cannot hold goes into quarantine.
+        """
+        target = self._warehouse.name(table.schema, table.name)
+        old = self._kinds(table.schema, table.name)
+        new = self._kinds(self._schemas[table.oid], f"{_PREFIX}{table.oid}")
+        if DELETED_AT not in old or not old.keys() >= set(key):
+            return
+        shared = {name: kind for name, kind in new.items() if name in old and name != DELETED_AT}
+        values = {
+            name: f"t.{quote(name)}" if old[name] == kind else f"TRY_CAST(t.{quote(name)} AS {kind})"
+            for name, kind in shared.items()
+        }
+        matched = " AND ".join(f"s.{quote(name)} = {values[name]}" for name in key)
+        where = (
+            f"NOT EXISTS (SELECT 1 FROM {staging} s WHERE {matched})" if key else f"t.{quote(DELETED_AT)} IS NOT NULL"
+        )
+        at = f"coalesce(t.{quote(DELETED_AT)}, now())" if key else f"t.{quote(DELETED_AT)}"
+        names = ", ".join(map(quote, shared))
+        label = quarantine.key_sql([(name, values[name]) for name in key])
+        misfits = f"FROM {target} t WHERE {where}"
+        for name in shared:
+            if old[name] != new[name]:
+                self._warehouse.execute(
+                    "INSERT INTO _cdc.quarantine "
+                    f"SELECT ?, ?, ?, {label}, CAST(t.{quote(name)} AS VARCHAR), ?, ?, true {misfits} "
+                    f"AND t.{quote(name)} IS NOT NULL AND {values[name]} IS NULL",
+                    [table.schema, table.name, name, lsn, COPY_SEQ],
+                )
+        self._warehouse.execute(
+            f"INSERT INTO {staging} ({names}, {quote(DELETED_AT)}) "
+            f"SELECT {', '.join(values.values())}, {at} FROM {target} t WHERE {where}"
+        )
+
+    def _kinds(self, schema_name: str, table_name: str) -> dict[str, str]:
+        """Return the columns of a table of the warehouse, in order, and their types."""
+        rows = self._warehouse.execute(
+            "SELECT column_name, data_type FROM duckdb_columns() WHERE database_name = current_database() "
+            "AND schema_name = ? AND table_name = ? ORDER BY column_index",
+            [schema_name, table_name],
+        )
+        return dict(rows)
