@@ -176,8 +176,8 @@ _DEFINITIONS = """
             FROM pg_catalog.pg_attribute AS a LEFT JOIN pg_catalog.pg_type AS t ON t.oid = a.atttypid
             WHERE a.attrelid = w.oid AND a.attnum > 0 AND NOT a.attisdropped),
            (SELECT json_agg(json_build_array(m.is_root, m.oid::int8, m.relkind, m.relreplident, m.relfilenode::int8,
-                                             m.attnums, m.names, m.link::text::int8, m.xid::text::int8, m.altered, m.born)
-                             ORDER BY m.oid)
+                                             m.attnums, m.names, m.link::text::int8, m.xid::text::int8, m.altered,
+                                             m.born) ORDER BY m.oid)
             FROM members AS m WHERE m.root = w.oid),
            w.relnatts
     FROM wanted AS w
