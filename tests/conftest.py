@@ -5,6 +5,7 @@ Each test process (pytest-xdist: each worker) has one server per major version, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -136,11 +137,10 @@ def server(request: pytest.FixtureRequest, _servers: Callable[[int], EmbeddedSer
     return _servers(request.param)
 
 
-@pytest.fixture
-def database(server: EmbeddedServer, request: pytest.FixtureRequest) -> Iterator[Database]:
-    """A fresh, empty database; dropped afterwards with its slots, prepared transactions and connections."""
+@contextlib.contextmanager
+def fresh_database(server: EmbeddedServer, words: str) -> Iterator[Database]:
+    """Make an empty database; drop it afterwards with its slots, prepared transactions and connections."""
     server.start()
-    words = re.sub(r"\W+", "_", request.node.name)[:40].strip("_").lower()
     name = f"{words}_{secrets.token_hex(4)}"
     with _superuser(server) as connection:
         connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE template0").format(sql.Identifier(name)))
@@ -149,6 +149,14 @@ def database(server: EmbeddedServer, request: pytest.FixtureRequest) -> Iterator
     database.close()
     server.start()
     _drop(database)
+
+
+@pytest.fixture
+def database(server: EmbeddedServer, request: pytest.FixtureRequest) -> Iterator[Database]:
+    """A fresh, empty database; dropped afterwards with its slots, prepared transactions and connections."""
+    words = re.sub(r"\W+", "_", request.node.name)[:40].strip("_").lower()
+    with fresh_database(server, words) as database:
+        yield database
 
 
 @pytest.fixture

@@ -276,6 +276,13 @@ def replayed(database: Database, lake: Lake, table: str, key: Sequence[str]) -> 
     connection.execute("SET TimeZone = 'UTC'")
     (copy_lsn,) = connection.execute(f"SELECT max(_lsn) FROM {log} WHERE _op = 'T' AND _seq < 0").fetchall()[0]
     assert copy_lsn is not None, f"the history of {table} begins with no copy"
+    # Older files may be of another table of that name, with other columns.
+    paths = warehouse_rows(
+        lake,
+        "SELECT path FROM _cdc.files "
+        f"WHERE schema_name = '{schema}' AND table_name = '{name}' AND last_lsn >= {copy_lsn}",
+    )
+    log = f"read_parquet({[str(lake.history / path) for (path,) in paths]}, union_by_name = true)"
     doubles = connection.execute(f"SELECT _lsn, _seq FROM {log} GROUP BY ALL HAVING count(*) > 1").fetchall()
     assert not doubles, f"the history of {table} has changes twice: {doubles[:5]}"
     with psycopg.connect(database.dsn) as source:
