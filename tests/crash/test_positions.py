@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -321,3 +323,29 @@ def test_batches_after_a_copy_are_as_long_as_they_should_be(database: Database, 
     assert rows > 100
     assert batches <= duration_s / interval_s + 4
     equal(database, lake, PAIR)
+
+
+@pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
+def test_the_stream_replayed_from_an_earlier_position(database: Database, lake: Lake, tmp_path: Path) -> None:
+    """L3, J16: warehouse, history and slot of an earlier day, all three: what comes again leads to the same."""
+    database.execute(TABLES + "; INSERT INTO t VALUES (1, 1), (2, 2); INSERT INTO k VALUES (1), (1)")
+    once(database, lake)
+    database.execute("SELECT pg_copy_logical_replication_slot('cdc', 'spare')")
+    shutil.copytree(lake.root, tmp_path / "earlier")
+    for statement in (
+        "INSERT INTO t VALUES (3, 3); UPDATE t SET id = 4 WHERE id = 2; DELETE FROM t WHERE id = 1",
+        "INSERT INTO k VALUES (2); TRUNCATE k; INSERT INTO k VALUES (3); INSERT INTO t VALUES (5, 5)",
+        "ALTER TABLE t ADD w text DEFAULT 'w'; INSERT INTO t VALUES (6, 6)",
+        "ALTER TABLE t RENAME w TO x; UPDATE t SET x = 'y' WHERE id = 5",
+    ):
+        database.execute(statement)
+    once(database, lake)
+    equal(database, lake, PAIR)
+    files = sorted(str(file.relative_to(lake.history)) for file in lake.history.rglob("*.parquet"))
+    shutil.rmtree(lake.root)
+    shutil.copytree(tmp_path / "earlier", lake.root)
+    database.execute("SELECT pg_drop_replication_slot('cdc')")
+    database.execute("SELECT pg_copy_logical_replication_slot('spare', 'cdc')")
+    once(database, lake)
+    equal(database, lake, PAIR)
+    assert sorted(str(file.relative_to(lake.history)) for file in lake.history.rglob("*.parquet")) == files
