@@ -1,4 +1,4 @@
-"""Tables that enter a publication while they are written to: every row is there exactly once."""
+"""Tables that enter a publication, or are copied anew, while they are written to: every row is there exactly once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import psycopg
 import pytest
 
 from tests.conftest import Database, Lake
-from tests.integration.copies import await_states, equal, leftovers, locks, settle, slots_that_wait
+from tests.integration.copies import await_states, copy_lsns, equal, leftovers, locks, settle, slots_that_wait
 from tests.integration.writers import KINDS, Standby, Writers, late_standby, make_table
-from tests.mirror import Consumer, states, until, warehouse_rows
+from tests.mirror import Consumer, run_cdc, states, until, warehouse_rows
 
 pg18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 
@@ -78,6 +78,8 @@ def added_under_load(
             await_states(ours, lake, "streaming", *(f"public.{name}" for name in names.values()))
             await_states(other, theirs, "streaming", f"public.{names['keyed']}", f"public.{names['whole']}")
             assert writers.committed > before
+        again = [names["keyed"], names["whole"]]
+        copied_again_under_load(database, lake, stack.enter_context(psycopg.connect(database.dsn)), again, standby)
         writers.stop()
         settle(ours, database, lake)
         settle(other, database, theirs)
@@ -88,17 +90,46 @@ def added_under_load(
         assert not leftovers(theirs)
 
 
-def commit_before_it_is_visible(
-    database: Database, lake: Lake, session: psycopg.Connection[tuple[object, ...]], standby: Standby, number: int
+def copied_again_under_load(
+    database: Database,
+    lake: Lake,
+    across: psycopg.Connection[tuple[object, ...]],
+    tables: list[str],
+    standby: Standby | None,
 ) -> None:
-    """Commit while the standby is silent: the stream has the transaction, and the copies wait for it still."""
+    """Let `cdc resync` copy tables anew, with a transaction open that has written to them, and writes on."""
+    before = copy_lsns(lake)
+    for name in tables:
+        across.execute(f"INSERT INTO {name} (writer, v) VALUES (-2, 1)".encode())
+    run_cdc(lake, database.dsn, "resync", *(f"public.{name}" for name in tables))
+    until(lambda: slots_that_wait(database) == 1, 30, "the consumer to make a slot for a copy")
+    assert states(lake)[f"public.{tables[0]}"] == "resyncing"
+    for name in tables:
+        across.execute(f"UPDATE {name} SET v = 2 WHERE writer = -2".encode())
+    across.execute(f"INSERT INTO first (writer, v) VALUES (-1, {ROUNDS})".encode())
+    if standby is None:
+        across.commit()
+    else:
+        commit_before_it_is_visible(database, lake, across, standby, ROUNDS, waiting=1)
+    until(lambda: all(copy_lsns(lake)[f"public.{name}"] != before[f"public.{name}"] for name in tables), 60)
+
+
+def commit_before_it_is_visible(
+    database: Database,
+    lake: Lake,
+    session: psycopg.Connection[tuple[object, ...]],
+    standby: Standby,
+    number: int,
+    waiting: int = 2,
+) -> None:
+    """Commit while the standby is silent: the stream has the transaction, and `waiting` copies wait for it still."""
     thread = threading.Thread(target=session.commit)
     row = f"SELECT count(*) FROM public.first WHERE writer = -1 AND v = {number}"
     with standby.held():
         thread.start()
         until(lambda: warehouse_rows(lake, row) == [(1,)], 30, "the commit in the stream")
         assert database.execute(row) == [(0,)]
-        assert slots_that_wait(database) == 2
+        assert slots_that_wait(database) == waiting
         assert thread.is_alive()
     thread.join(30)
     assert database.execute(row) == [(1,)]
