@@ -27,7 +27,8 @@ def live_table(
     there = [attribute for attribute in definition.attributes if attribute.name in published]
     masked = chosen(masks, names, [attribute.name for attribute in there])
     columns = tuple(_column(attribute, masked.get(index)) for index, attribute in enumerate(there))
-    return LiveTable(definition.storage, columns, definition.natts)
+    hidden = {attribute.attnum for attribute in definition.attributes if attribute not in there}
+    return LiveTable(definition.storage, columns, definition.natts, frozenset(hidden))
 
 
 def _column(attribute: Attribute, mask: Mask | None) -> LiveColumn:

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 DML = "tests/integration/test_mirror_dml.py"
 TOAST = "tests/integration/test_mirror_toast.py"
 DDL = "tests/integration/test_mirror_ddl.py"
+DRIFT = "tests/integration/test_drift.py"
 POSITIONS = "tests/crash/test_positions.py"
 POINTS = "tests/crash/test_points.py"
 
@@ -46,6 +47,48 @@ class Mutation:
 
 
 MUTATIONS = (
+    Mutation(
+        "takes any new storage for a TRUNCATE's",
+        "reconcile.py",
+        "truncated = before.truncated_by == member.xid and not member.altered",
+        "truncated = True",
+        (f"{DRIFT}::test_rows_that_change_unseen",),
+    ),
+    Mutation(
+        "takes the storage after a TRUNCATE for that of a rewrite",
+        "reconcile.py",
+        "truncated = before.truncated_by == member.xid and not member.altered",
+        "truncated = False",
+        (f"{DRIFT}::test_truncates_are_no_rewrites",),
+    ),
+    Mutation(
+        "thinks that every partition was born one",
+        "reconcile.py",
+        "if member.is_leaf and not member.born and member.oid not in empty:",
+        "if False:",
+        (f"{DRIFT}::test_partitions_that_change_unseen",),
+    ),
+    Mutation(
+        "takes a renamed column for a dropped and an added one",
+        "sink/schema.py",
+        "elif name == column.name and name not in later:",
+        "elif name == column.name:",
+        ("tests/unit/test_schema.py::test_versions_behind",),
+    ),
+    Mutation(
+        "does not look at a table without a change",
+        "pipeline.py",
+        "for oid in seen.definitions:\n                self._judge(oid, seen)",
+        "pass",
+        (f"{DRIFT}::test_ddl_without_a_change",),
+    ),
+    Mutation(
+        "leaves the history of a renamed table behind",
+        "sink/evolve.py",
+        "self._log_rows(renamed, moment)",
+        "pass",
+        (f"{DRIFT}::test_tables_that_get_other_names",),
+    ),
     Mutation(
         "masks the copy, but not the stream",
         "sink/sink.py",

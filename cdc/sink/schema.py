@@ -70,11 +70,13 @@ class LiveTable:
         storage: see `TableDefinition.storage`.
         columns: those that are published.
         natts: the highest attnum that was ever used.
+        hidden: attnums of columns that are not published.
     """
 
     storage: str
     columns: tuple[LiveColumn, ...]
     natts: int
+    hidden: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -267,14 +269,15 @@ def identify(
     if live is None:
         return None
     now = {column.attnum: column for column in live.columns}
+    added = [n for n in range(natts + 1, live.natts + 1) if n not in live.hidden]
     if same(stored_columns(live), relation):
-        added = [n for n in now if n > natts]
+        known = [n for n in now if n > natts]
         # Else one may have come and gone in between, and this one have its name.
-        return tuple(now) if added == list(range(natts + 1, natts + 1 + len(added))) else None
+        return tuple(now) if known == added[: len(known)] else None
     later = {column.name for column in live.columns if column.attnum > natts}
     wanted = list(relation.columns)
     old = _identify_old(columns, wanted, now, later)
-    new = None if old is None else _identify_new(len(wanted) - len(old), natts, live.natts, now)
+    new = None if old is None else _identify_new(len(wanted) - len(old), added, now)
     if old is None or new is None:
         return None
     there = {column.attnum for column in columns} | {n for n in now if natts < n < max(new, default=0)}
@@ -300,14 +303,13 @@ def _identify_old(
     return found
 
 
-def _identify_new(wanted: int, natts: int, last: int, now: Mapping[int, LiveColumn]) -> list[int] | None:
-    """Return the attnums of so many new columns, all of which are between `natts` and `last`."""
-    added = range(natts + 1, last + 1)
+def _identify_new(wanted: int, added: Sequence[int], now: Collection[int]) -> list[int] | None:
+    """Return the attnums of so many new columns, all of which are among `added`."""
     if wanted == len(added):
         return list(added)
     first = list(added[:wanted])
     # What is there still was there before all that came later; of what is dropped by now nobody knows when.
-    return first if len(first) == wanted and now.keys() >= set(first) else None
+    return first if len(first) == wanted and all(n in now for n in first) else None
 
 
 class _Steps:

@@ -326,3 +326,13 @@ def test_types_that_change(database: Database, lake: Lake) -> None:
     mirror_once(lake, database.dsn)
     moods = [mood for (mood,) in warehouse_rows(lake, "SELECT m FROM public.t ORDER BY id")]
     assert moods[1:] == ["very happy", "gloomy"]
+
+
+def test_columns_that_are_not_published(database: Database, lake: Lake) -> None:
+    """B9, H1: a virtual column takes a number, too, and is no reason to copy."""
+    database.execute(TABLE)
+    virtual = "ALTER TABLE t ADD g int GENERATED ALWAYS AS (b * 2) VIRTUAL"
+    added = "ALTER TABLE t ADD d int DEFAULT 3; UPDATE t SET d = 4 WHERE id = 1"
+    followed(database, lake, [virtual, added], KEYED)
+    dropped = "ALTER TABLE t DROP g; ALTER TABLE t RENAME d TO g; UPDATE t SET g = 5 WHERE id = 2"
+    followed(database, lake, [dropped], KEYED)
