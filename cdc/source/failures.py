@@ -204,7 +204,8 @@ def publication_error(text: str, lsn: int) -> StateError:
     """Return the error for a publication that the server (`text`) does not find in the WAL after `lsn`."""
     return StateError(
         f"the stream lacks a publication after {format_lsn(lsn)}: {text}",
-        "it was dropped, or made after the slot: create it, then `cdc resync --all`",
+        "it was dropped: once it is there again, `cdc run` makes a new slot and copies every table anew; "
+        "where it does not, `cdc run --fresh`",
     )
 
 

@@ -224,6 +224,7 @@ def _publications(connection: Connection, expected: Expected) -> Iterator[Findin
     if creates and not _row(connection, "SELECT has_database_privilege(current_database(), 'CREATE')")[0]:
         yield Finding("error", f"publication {expected.publication} is missing, and we may not create it", _SETUP)
         return
+    yield from _altered(connection, planned)
     # A start needs what is there already; what is missing in it can be added later.
     level: Literal["error", "warning"] = "error" if ours is None else "warning"
     permitted = publication.permitted(connection, expected.publication, planned.changed)
@@ -244,6 +245,20 @@ def _publications(connection: Connection, expected: Expected) -> Iterator[Findin
                 f"table {table} has no usable replica identity: only its inserts and truncates are followed",
                 f"ALTER TABLE {_quoted(connection, table)} ADD PRIMARY KEY (...), or REPLICA IDENTITY FULL",
             )
+
+
+def _altered(connection: Connection, planned: publication.Plan) -> Iterator[Finding]:
+    """Look for options that somebody has given to publications of ours."""
+    for each in planned.altered:
+        (permitted,) = _row(
+            connection, "SELECT pg_has_role(pubowner, 'USAGE') FROM pg_publication WHERE pubname = %s", [each]
+        )
+        yield Finding(
+            "warning" if permitted else "error",
+            f"publication {each} was altered: it does not publish all that belongs into the stream",
+            f"{'the consumer does this' if permitted else 'as its owner'}: {_script(connection, planned)}; "
+            "its tables are copied anew",
+        )
 
 
 def _unmatched(connection: Connection, patterns: Sequence[str]) -> Iterator[Finding]:
@@ -268,10 +283,11 @@ def _foreign(connection: Connection, name: str) -> Iterator[Finding]:
             word for word, there in zip(("insert", "update", "delete", "truncate"), row, strict=True) if not there
         ]
         if absent and each == name:
+            identifier = sql.Identifier(each).as_string(connection)
             yield Finding(
                 "warning",
                 f"publication {each} does not publish: {', '.join(absent)}",
-                f"ALTER PUBLICATION {each} SET (publish = 'insert, update, delete, truncate')",
+                f"ALTER PUBLICATION {identifier} SET (publish = 'insert, update, delete, truncate')",
             )
         if row[1] or row[2]:
             yield from _harmful(connection, each)
