@@ -195,6 +195,8 @@ def end_error(pgconn: abc.PGconn, lsn: int) -> CdcError:
     error = result_error(result, pgconn, "replication stream")
     if error.sqlstate == "42704":
         return publication_error(str(error).removeprefix("replication stream: "), lsn)
+    if error.sqlstate == "0A000":
+        error.hint = "a table must have the same column list in each of the publications that list it"
     if error.sqlstate in ("55000", "58P01"):
         return StateError(str(error), _RESYNC)
     return error

@@ -272,6 +272,14 @@ def _unmatched(connection: Connection, patterns: Sequence[str]) -> Iterator[Find
 
 def _foreign(connection: Connection, name: str) -> Iterator[Finding]:
     """Look at a publication that is not ours, and its second, if there is one."""
+    listed: dict[int, tuple[str, ...]] = {}
+    for table in catalog.published(connection, (name, publication.append_name(name))):
+        if listed.setdefault(table.oid, table.columns) != table.columns:
+            yield Finding(
+                "error",
+                f"publications {name} and {publication.append_name(name)} publish different columns of table {table}",
+                "the server ends the stream at its first change: give it the same column list in both, or in one alone",
+            )
     for each in (name, publication.append_name(name)):
         with translated("read publications"):
             row = connection.execute(
