@@ -70,9 +70,12 @@ def gap(known: Iterable[Table], published: Sequence[PublishedTable]) -> bool:
 
 
 def theirs(known: Iterable[Table], name: str) -> bool:
-    """Whether tables were published by a publication called `name` that was not ours."""
-    labels = [_Label.parse(table.publication) for table in known if table.state != "dropped"]
-    return any(entry.publication == name and not entry.ours for label in labels for entry in label.entries)
+    """Whether the last publication called `name` that published any table was not ours."""
+    ours: dict[bool, list[bool]] = {True: [], False: []}
+    for table in known:
+        entries = _Label.parse(table.publication).entries
+        ours[table.state != "dropped"] += [entry.ours for entry in entries if entry.publication == name]
+    return not all(ours[True] or ours[False])
 
 
 def refuse_less(known: Iterable[Table], published: Sequence[PublishedTable]) -> None:

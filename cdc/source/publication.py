@@ -368,7 +368,8 @@ def _put_right(connection: Connection, name: str, planned: Plan) -> None:
     """
     statements = planned.statements[: len(planned.altered)]
     try:
-        with translated(f"publication {name}"):
+        with translated(f"publication {name}"), connection.transaction():
+            connection.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'".encode())
             for statement in statements:
                 connection.execute(statement)
     except SourceError as error:

@@ -466,6 +466,28 @@ def test_ours_altered_and_not_ours_to_alter(database: Database, lake: Lake, role
 
 
 @only_18
+def test_a_filter_that_is_not_ours_to_remove(database: Database, lake: Lake, role: str) -> None:
+    """G1, G2, G7: who may alter our publication, as we may not, decides what is mirrored; `check` tells."""
+    database.execute(SEVERAL)
+    assert call(lake, database.dsn, "setup", "--apply", "--role", role).returncode == 0
+    theirs = Database(database.server, database.name, make_conninfo(database.dsn, user=role), [])
+    sync(theirs, lake)
+    database.execute(f"{ALTER['a row filter']}; {ALTER['a column list']}")
+    write(database)
+    for _ in range(2):
+        sync(theirs, lake)
+        filtered(database, lake, "public.filtered", "id < 10", ["id"])
+        assert warehouse_rows(lake, "FROM public.listed") == database.execute("SELECT id FROM listed")
+        agree(database, lake, {table: KEYS[table] for table in ("public.gone", "public.root", "public.bare")})
+        database.execute("UPDATE filtered SET id = -id; INSERT INTO listed SELECT max(id) + 1 FROM listed")
+    found = call(lake, theirs.dsn, "check").stdout
+    for name in ("filtered", "listed"):
+        assert f"warning: table public.{name} is not ours to publish" in found
+    sync(database, lake)
+    agree(database, lake, KEYS)
+
+
+@only_18
 def test_a_publication_of_others_that_publishes_less(database: Database, lake: Lake) -> None:
     """G6, G7: noticed within a poll, and at each start, until it is put back; then its tables are copied anew."""
     database.execute(T)
