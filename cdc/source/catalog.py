@@ -64,6 +64,8 @@ class TableDefinition:
         identity_usable: whether its updates and deletes can be published without making them fail, and be followed:
             a valid key, or FULL. Of a partitioned table every leaf must send what the root's Relation promises: the
             same key, or under FULL the whole row (ALTER TABLE ... REPLICA IDENTITY does not reach the leaves).
+        leaves_astray: a leaf sends old rows, and not what the root's Relation promises. The server minds not: whoever
+            followed them would look for the wrong rows.
         key: attnums of the identity's columns; empty under FULL, NOTHING or without a valid one.
     """
 
@@ -75,6 +77,7 @@ class TableDefinition:
     attributes: tuple[Attribute, ...]
     replica_identity: str
     identity_usable: bool
+    leaves_astray: bool
     key: tuple[int, ...]
 
     def __str__(self) -> str:
@@ -343,6 +346,7 @@ def _definition(row: tuple[Any, ...]) -> TableDefinition:
         attributes=tuple(Attribute(*attribute) for attribute in attributes or ()),
         replica_identity=identity,
         identity_usable=_promises(root) and all(_keeps(leaf, root) for leaf in leaves),
+        leaves_astray=any(_promises(leaf) and not (_promises(root) and _keeps(leaf, root)) for leaf in leaves),
         key=tuple(root[5] or ()),
     )
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from psycopg import sql
 
-from cdc.errors import SourceError
+from cdc.errors import SourceError, StateError
 from cdc.source import catalog, exclusion, publication, slot
 from cdc.source.catalog import TableDefinition
 from cdc.source.connection import Connection, translated
@@ -215,6 +215,10 @@ def _slot(connection: Connection, name: str) -> Iterator[Finding]:
 
 def _publications(connection: Connection, expected: Expected) -> Iterator[Finding]:
     ours = publication.is_ours(connection, expected.publication)
+    try:
+        publication.refuse_astray(connection, expected.publication)
+    except StateError as error:
+        yield Finding("error", str(error), error.hint)
     if ours is False:
         yield from _foreign(connection, expected.publication)
         return
@@ -305,7 +309,7 @@ def _harmful(connection: Connection, name: str) -> Iterator[Finding]:
     """Look for tables whose own UPDATE and DELETE fail because of the publication `name`."""
     oids = [table.oid for table in catalog.published(connection, [name])]
     for table in catalog.definitions(connection, oids).values():
-        if not table.identity_usable:
+        if not table.identity_usable and not table.leaves_astray:
             yield Finding(
                 "warning",
                 f"publication {name} publishes updates or deletes of {table}, which has no usable replica identity: "

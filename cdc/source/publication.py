@@ -37,6 +37,7 @@ __all__ = [
     "matches",
     "permitted",
     "plan",
+    "refuse_astray",
     "refuse_columns",
     "render",
 ]
@@ -208,6 +209,27 @@ def dropped(name: str) -> StateError:
         f"publication {name} was dropped: what is written meanwhile is not in the stream",
         "if it was made by somebody else, create it again; then `cdc run` copies every table anew",
     )
+
+
+def refuse_astray(connection: Connection, name: str) -> None:
+    """Refuse updates and deletes that the stream has, and that nobody can follow.
+
+    Raises:
+        StateError: a table is published by way of its root, partitions have another replica identity than that, and it
+            is not ours to move to the second publication.
+        ConnectionLost, SourceError: the catalog cannot be read.
+    """
+    published = catalog.published(connection, (name, append_name(name)))
+    oids = {table.oid for table in published if {"u", "d"} & set(table.terms.publishes)}
+    found = [table for table in catalog.definitions(connection, sorted(oids)).values() if table.leaves_astray]
+    movable = permitted(connection, name, found) if found and is_ours(connection, name) else []
+    for table in found:
+        if table not in movable:
+            raise StateError(
+                f"publication {name} publishes updates or deletes of {table}, whose partitions have another replica "
+                "identity than the root: they cannot be followed",
+                f"ALTER TABLE ... REPLICA IDENTITY for each; then, if it is mirrored already, `cdc resync {table}`",
+            )
 
 
 def coming(connection: Connection, name: str, patterns: Sequence[str]) -> list[TableDefinition]:

@@ -87,4 +87,5 @@ class Watcher:
             for name in self._publications:
                 if publication.is_ours(connection, name) is None:
                     raise publication.dropped(name)
+            publication.refuse_astray(connection, self._publications[0])
             return catalog.published(connection, self._publications)
