@@ -38,8 +38,11 @@ class _Label:
 
     @classmethod
     def parse(cls, text: str) -> _Label:
-        """Return the label of a row of ``_cdc.tables``, an empty one if it was not published yet."""
-        if not text:
+        """Return the label of a row of ``_cdc.tables``, an empty one if it was not published yet.
+
+        What is written in another way stands for nothing, too, and the table is copied anew.
+        """
+        if not text.startswith("["):
             return cls()
         subscribed, entries = json.loads(text)
         return cls(frozenset(subscribed), tuple(_Entry(*entry) for entry in entries))

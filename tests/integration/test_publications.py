@@ -300,6 +300,19 @@ def test_a_key_that_comes_again(database: Database, lake: Lake, publish: str, be
     assert warehouse_rows(lake, "FROM public.t WHERE id = 2") == [(2, 200, "again")]
 
 
+def test_a_publication_that_lists_nothing_yet(database: Database, lake: Lake) -> None:
+    """G5: a table is added to it later, with rows that were written before and after."""
+    database.execute(T)
+    database.execute("CREATE PUBLICATION mine")
+    sync(database, lake, publication="mine")
+    assert states(lake) == {}
+    transactions(database, "UPDATE t SET v = 0", "ALTER PUBLICATION mine ADD TABLE t", "DELETE FROM t WHERE id = 1")
+    for _ in range(2):
+        sync(database, lake, publication="mine")
+        agree(database, lake, {"public.t": ["id"]})
+        database.execute("UPDATE t SET v = v + 1")
+
+
 @only_18
 def test_nothing_of_ours_is_in_the_database(database: Database, lake: Lake) -> None:
     """G8: neither a table nor a schema for our own purposes, so none can be published or mirrored."""
@@ -396,6 +409,36 @@ def test_ours_altered_while_it_is_down(database: Database, lake: Lake, what: str
     sync(database, lake)
     agree(database, lake, KEYS)
     assert copies(lake) == once, "they were copied again without need"
+
+
+@only_18
+@pytest.mark.parametrize(
+    ("alter", "concerned"),
+    [
+        ("ALTER PUBLICATION cdc ADD TABLE leaf", set()),
+        pytest.param("CREATE SCHEMA s; ALTER PUBLICATION cdc ADD TABLES IN SCHEMA s", set(), marks=pytest.mark.slow),
+        ("ALTER PUBLICATION cdc ADD TABLES IN SCHEMA public", {*KEYS}),
+        ("ALTER PUBLICATION cdc SET (publish_generated_columns = stored)", {*KEYS} - {"public.bare"}),
+    ],
+)
+def test_ours_added_to_while_it_is_down(database: Database, lake: Lake, alter: str, concerned: set[str]) -> None:
+    """G3, G4, G7: what is published in more ways than one is one table; what is published in addition does no harm."""
+    database.execute(SEVERAL)
+    database.execute("ALTER TABLE listed ADD twice int GENERATED ALWAYS AS (v * 2) STORED")
+    sync(database, lake)
+    before = copies(lake)
+    database.execute(alter)
+    write(database)
+    for _ in range(2):
+        sync(database, lake)
+        agree(database, lake, KEYS)
+        after = copies(lake)
+        assert {table for table in before if after[table] != before[table]} == concerned
+        database.execute("UPDATE listed SET v = v + 1; INSERT INTO bare VALUES (3)")
+    sync(database, lake)
+    assert set(states(lake)) == {*KEYS}
+    if "generated" in alter:
+        assert warehouse_rows(lake, "FROM public.listed") == database.execute("SELECT * FROM listed")
 
 
 @only_18

@@ -69,6 +69,13 @@ def test_published_in_another_way(changed: PublishedTable) -> None:
         assert reconcile([table], [changed], gone=True) == []
 
 
+def test_a_label_of_another_kind() -> None:
+    """It stands for nothing that is published now."""
+    (table,) = reconcile([Table(1, "public", "t1", "streaming", publication="cdc:10")], [there(1)], gone=True)
+    assert table.state == "resyncing"
+    assert reconcile([table], [there(1)], gone=True) == []
+
+
 def test_by_two_publications() -> None:
     """G3: both are remembered, in whatever order they come."""
     both = [there(1), there(1, 12, "cdc_append")]
