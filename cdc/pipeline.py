@@ -24,13 +24,14 @@ import duckdb
 import stamina
 
 from cdc.copies import Copies, Observer
+from cdc.drift import Verdict, judge
 from cdc.errors import ConnectionLost, SinkError, TableError, WarehouseBusy
 from cdc.failpoints import reach
 from cdc.live import live_table, relation_of
 from cdc.lsn import format_lsn
 from cdc.pgoutput.decoder import Decoder
 from cdc.pgoutput.messages import WireBatch
-from cdc.reconcile import Verdict, again, judge, reconcile
+from cdc.reconcile import again, reconcile
 from cdc.settings import Settings
 from cdc.sink.answers import Answers
 from cdc.sink.checkpoint import Table

@@ -1,20 +1,110 @@
-"""What a look at the catalog means for the tables, once the stream has come to where it was taken.
+"""What a poll of the publications means for the tables: which rows of ``_cdc.tables`` change.
 
-Pure: it compares; the pipeline acts.
+Pure: it compares; the pipeline writes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
-from typing import Literal
+import json
+from collections.abc import Iterable, Sequence
 
+from cdc.errors import StateError
 from cdc.sink.checkpoint import State, Table
-from cdc.sink.schema import LiveTable
-from cdc.sink.storage import read
-from cdc.source.catalog import PublishedTable, TableDefinition
+from cdc.source.catalog import PublishedTable
 
-__all__ = ["Verdict", "again", "judge", "reconcile"]
+__all__ = ["again", "gap", "reconcile", "refuse_less", "theirs"]
+
+_WORDS = {"i": "insert", "u": "update", "d": "delete", "t": "truncate"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, order=True)
+class _Entry:
+    """By what a table is published; see `PublishedTable` and `Terms`."""
+
+    publication: str
+    entry: int
+    version: int
+    publishes: str
+    ours: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Label:
+    """What ``_cdc.tables.publication`` holds: how a table is published, and with which publications in all."""
+
+    subscribed: frozenset[int] = frozenset()
+    entries: tuple[_Entry, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> _Label:
+        """Return the label of a row of ``_cdc.tables``, an empty one if it was not published yet.
+
+        What is written in another way stands for nothing, too, and the table is copied anew.
+        """
+        if not text.startswith("["):
+            return cls()
+        subscribed, entries = json.loads(text)
+        return cls(frozenset(subscribed), tuple(_Entry(*entry) for entry in entries))
+
+    def __str__(self) -> str:
+        return json.dumps([sorted(self.subscribed), [dataclasses.astuple(entry) for entry in self.entries]])
+
+
+def _labels(published: Iterable[PublishedTable]) -> dict[int, _Label]:
+    """Return the labels of what is published, by the table's OID."""
+    found: dict[int, _Label] = {}
+    for there in published:
+        terms = there.terms
+        entry = _Entry(there.publication, there.entry, terms.version, terms.publishes, terms.ours)
+        before = found.get(there.oid, _Label())
+        found[there.oid] = _Label(frozenset(terms.subscribed), tuple(sorted({*before.entries, entry})))
+    return found
+
+
+def gap(known: Iterable[Table], published: Sequence[PublishedTable]) -> bool:
+    """Whether a publication is another one than the stream began with: what it lacks has to be copied.
+
+    PostgreSQL up to 17 does not even decode what was written before a publication was there.
+    """
+    then = {oid for table in known if table.state != "dropped" for oid in _Label.parse(table.publication).subscribed}
+    now = {oid for there in published for oid in there.terms.subscribed}
+    return bool(then and now - then)
+
+
+def theirs(known: Iterable[Table], name: str) -> bool:
+    """Whether the last publication called `name` that published any table was not ours."""
+    ours: dict[bool, list[bool]] = {True: [], False: []}
+    for table in known:
+        entries = _Label.parse(table.publication).entries
+        ours[table.state != "dropped"] += [entry.ours for entry in entries if entry.publication == name]
+    return not all(ours[True] or ours[False])
+
+
+def refuse_less(known: Iterable[Table], published: Sequence[PublishedTable]) -> None:
+    """Refuse a publication that publishes less kinds of changes than it did when its tables were copied.
+
+    Raises:
+        StateError: one does.
+    """
+    now = {there.publication: there.terms.publishes for there in published}
+    for table in known:
+        if table.state in ("dropped", "error"):
+            continue
+        for entry in _Label.parse(table.publication).entries:
+            lost = [
+                word
+                for letter, word in _WORDS.items()
+                if letter in entry.publishes and letter not in now.get(entry.publication, entry.publishes)
+            ]
+            if lost:
+                before = ", ".join(_WORDS[letter] for letter in entry.publishes)
+                quoted = '"' + entry.publication.replace('"', '""') + '"'
+                raise StateError(
+                    f"publication {entry.publication} was altered: it no longer publishes {', '.join(lost)}",
+                    f"as its owner: ALTER PUBLICATION {quoted} SET (publish = '{before}'); then `cdc run` copies its "
+                    "tables anew. If it is meant so: `cdc resync --all`",
+                )
 
 
 def reconcile(
@@ -25,27 +115,40 @@ def reconcile(
     Args:
         gone: the stream has come to where that holds, so tables that are missing have no more changes in it. Else they
             keep their state, and a new table of the same name has to wait.
-        starting: no copy is under way: one that is called so was cut short by a crash, and begins again.
+        starting: no copy is under way: one that is called so was cut short by a crash, and begins again. That the
+            stream has no `gap`, and nobody is to `refuse_less`, has been seen to.
+
+    Raises:
+        StateError: the stream has a `gap`; or see `refuse_less`.
     """
+    known = list(known)
+    if not starting:
+        if gap(known, published):
+            raise StateError(
+                "a publication was dropped and made anew: what was written meanwhile is not in the stream",
+                "`cdc run` makes a new slot, and copies every table anew",
+            )
+        refuse_less(known, published)
     again = ("dropped", "copying") if starting else ("dropped",)
     changed = []
     known_by_oid = {table.oid: table for table in known}
-    where: dict[int, set[str]] = {}
-    for there in published:
-        where.setdefault(there.oid, set()).add(f"{there.publication}:{there.entry}")
+    labels = _labels(published)
     for there in {table.oid: table for table in published}.values():
         table = known_by_oid.get(there.oid)
-        names = ",".join(sorted(where[there.oid]))
+        label = str(labels[there.oid])
         if table is None:
             if not gone and _name_in_use(there, known_by_oid.values()):
                 continue
-            changed.append(Table(there.oid, there.schema, there.name, "pending", publication=names))
+            changed.append(Table(there.oid, there.schema, there.name, "pending", publication=label))
         elif table.state in again:
             begins = dataclasses.replace(table, schema=there.schema, name=there.name, state="pending", reason="")
-            changed.append(dataclasses.replace(begins, publication=names))
-        elif table.publication != names:
+            changed.append(dataclasses.replace(begins, publication=label))
+        elif _Label.parse(table.publication).entries == labels[there.oid].entries:
+            if table.publication != label:
+                changed.append(dataclasses.replace(table, publication=label))
+        else:
             # Before it came here, some of its changes were not in the stream, or not with these columns or this filter.
-            moved = dataclasses.replace(table, publication=names, reason="published in another way")
+            moved = dataclasses.replace(table, publication=label, reason="published in another way")
             state: State = "resyncing" if table.state in ("streaming", "resyncing") else "pending"
             changed.append(moved if table.state == "error" else dataclasses.replace(moved, state=state))
     if not gone:
@@ -53,7 +156,7 @@ def reconcile(
     changed += [
         dataclasses.replace(table, state="dropped", reason="no longer published")
         for table in known_by_oid.values()
-        if table.oid not in where and table.state != "dropped"
+        if table.oid not in labels and table.state != "dropped"
     ]
     return changed
 
@@ -67,57 +170,3 @@ def again(table: Table) -> Table:
     """Return the row of a table that is to be copied anew: what is up to date stays so until the copy is complete."""
     follows = table.state == "streaming" or (table.state == "resyncing" and not table.reason)
     return dataclasses.replace(table, state="resyncing" if follows else "pending", reason="")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Verdict:
-    """What has become of a table without a change that would tell.
-
-    Attributes:
-        kind: renamed; altered: its columns; rewritten: rows may be others; moved: its storage is, its rows are not.
-        reason: for people, of what is rewritten.
-    """
-
-    kind: Literal["renamed", "altered", "rewritten", "moved"]
-    reason: str = ""
-
-
-def judge(table: Table, definition: TableDefinition, live: LiveTable, empty: Collection[int]) -> Verdict | None:
-    """Compare a table with the catalog; None: all is as it was.
-
-    No change of the table's rows lies between its last DDL and the place of the stream where the catalog was read, or
-    else that DDL is known from the change.
-
-    Args:
-        live: the same as `definition`, in the sink's terms.
-        empty: OIDs of attached leaves that have no row.
-    """
-    if (definition.schema, definition.name) != (table.schema, table.name):
-        return Verdict("renamed")
-    described = [(c.name, c.type_oid, c.typmod) for c in live.columns]
-    if described != [(c.name, c.type_oid, c.typmod) for c in table.columns]:
-        return Verdict("altered")
-    if [c.attnum for c in live.columns] != [c.attnum for c in table.columns]:
-        return Verdict("rewritten", "a column was dropped and added again")
-    if definition.storage == table.storage:
-        return None
-    reason = _rewritten(table, definition, empty)
-    return Verdict("rewritten", reason) if reason else Verdict("moved")
-
-
-def _rewritten(table: Table, definition: TableDefinition, empty: Collection[int]) -> str:
-    """Return why rows may have changed without a word in the stream; '' if they have not."""
-    before = read(table.storage)
-    if before is None:
-        return ""  # not known: written down by an earlier version
-    if before.members.keys() - {member.oid for member in definition.members}:
-        return "a partition was detached or dropped"
-    for member in definition.members:
-        if member.oid not in before.members or before.members[member.oid][1] != member.link:
-            if member.is_leaf and not member.born and member.oid not in empty:
-                return "a partition was attached"
-        elif before.members[member.oid][0] != member.relfilenode:
-            truncated = before.truncated_by == member.xid and not member.altered
-            if not truncated:
-                return "it was rewritten"
-    return ""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cdc.errors import SettingsError, StateError
 from cdc.lsn import format_lsn
+from cdc.reconcile import theirs
 from cdc.settings import Settings
 from cdc.sink.checkpoint import Checkpoint
 from cdc.sink.schema import folded, strangers
@@ -17,7 +18,16 @@ from cdc.sink.sink import Sink
 from cdc.source.catalog import TableDefinition
 from cdc.source.slot import Slot, System
 
-__all__ = ["check_source", "in_use", "refuse", "refuse_foreign", "refuse_in_use", "refuse_settings", "refuse_tables"]
+__all__ = [
+    "check_source",
+    "in_use",
+    "refuse",
+    "refuse_foreign",
+    "refuse_in_use",
+    "refuse_missing",
+    "refuse_settings",
+    "refuse_tables",
+]
 
 
 def refuse(settings: Settings, checkpoint: Checkpoint | None, system: System, found: Slot | None) -> None:
@@ -165,6 +175,19 @@ def _check_key(settings: Settings, table: TableDefinition) -> None:
             f"POSTGRES_PRIMARY_KEY is {settings.primary_key}, but the rows of {table} are identified by "
             f"{', '.join(names) or 'nothing'}",
             "leave it away, or make it the key: ALTER TABLE ... REPLICA IDENTITY USING INDEX ...",
+        )
+
+
+def refuse_missing(settings: Settings, sink: Sink) -> None:
+    """Refuse to make a publication in the place of one that was not ours: that may have published less, on purpose.
+
+    Raises:
+        StateError: one that is missing was not ours.
+    """
+    if theirs(sink.ledger.tables.values(), settings.publication):
+        raise StateError(
+            f"publication {settings.publication} is missing, and was not ours to make again",
+            "create it again; then `cdc run` makes a new slot, and copies every table anew",
         )
 
 

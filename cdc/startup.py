@@ -7,6 +7,9 @@
     there       there     go on from the checkpoint, if the slot has not been confirmed beyond it
     there       none      refused: changes may be missing (`resync --all` begins anew)
 
+A publication that was dropped and made anew leaves a gap in the stream, and up to PostgreSQL 17 a stream that cannot be
+read any more: every table is copied anew then, with a new slot.
+
 The publication is committed before the slot is made: changes decoded from before it existed would make the slot
 useless. The intent tells our own half-made slot from a foreign one.
 """
@@ -21,12 +24,13 @@ from psycopg.pq.abc import PGconn
 
 from cdc.errors import SinkError, SourceError
 from cdc.failpoints import reach
-from cdc.reconcile import reconcile
-from cdc.refusals import in_use, refuse, refuse_in_use, refuse_settings, refuse_tables
+from cdc.reconcile import gap, reconcile, refuse_less
+from cdc.refusals import in_use, refuse, refuse_in_use, refuse_missing, refuse_settings, refuse_tables
 from cdc.settings import Settings
 from cdc.sink.checkpoint import Checkpoint, Table
 from cdc.sink.sink import Sink
 from cdc.source import catalog, preflight, publication, slot
+from cdc.source.catalog import PublishedTable
 from cdc.source.connection import Connection, connect, connect_replication, translated
 from cdc.source.preflight import Expected
 from cdc.source.slot import Blocker, Slot, System
@@ -85,6 +89,8 @@ def prepare(
                     checkpoint = sink.open()
                     refuse(settings, checkpoint, system, found)
                 refuse_settings(settings, sink)
+                if checkpoint is not None and publication.is_ours(connection, settings.publication) is None:
+                    refuse_missing(settings, sink)
             coming = publication.coming(connection, settings.publication, settings.tables)
             publication.refuse_columns(connection, settings.publication, coming, settings.exclude, settings.masks)
             refuse_tables(settings, sink, coming, begins=fresh or checkpoint is None)
@@ -94,9 +100,12 @@ def prepare(
                 _begin_anew(settings, sink, connection, found, system)
             elif checkpoint is None:
                 _write_intent(settings, sink, system)
-            elif checkpoint.lsn is None and found is not None:
-                slot.drop(connection, settings.slot)
-            if sink.ledger.checkpoint is not None and sink.ledger.checkpoint.lsn is None:
+            else:
+                _compare(sink, published)
+            begun = sink.ledger.checkpoint
+            if begun is not None and begun.lsn is None:
+                if found is not None and not fresh:
+                    slot.drop(connection, settings.slot)
                 _make_slot(settings, sink, connection, replication, waiting)
         finally:
             replication.finish()
@@ -130,6 +139,25 @@ def _publish(connection: Connection, settings: Settings, *, once: bool) -> tuple
         if error.sqlstate != "55P03" or once or publication.is_ours(connection, settings.publication) is None:
             raise
     return publication.plan(connection, settings.publication, settings.tables, settings.exclude).names
+
+
+def _compare(sink: Sink, published: Sequence[PublishedTable]) -> None:
+    """Compare what is published with what was when the tables were copied; give the position up if it is worth nothing.
+
+    Raises:
+        StateError: less is published, and nobody has asked for that.
+    """
+    tables = sink.ledger.tables
+    marked = sink.ledger.requested()
+    refuse_less([table for oid, table in tables.items() if oid not in marked], published)
+    if not gap(tables.values(), published):
+        return
+    # Still with the old label, so that a start after a crash comes here again; the position goes last.
+    followed = [table for table in tables.values() if table.state not in ("dropped", "error")]
+    sink.write_tables([dataclasses.replace(table, state="pending", reason="") for table in followed])
+    sink.warehouse.begin()
+    sink.ledger.forget_position()
+    sink.warehouse.commit()
 
 
 def _await_slot(settings: Settings, connection: Connection, busy: Callable[[Slot, float], None]) -> Slot | None:

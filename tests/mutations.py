@@ -49,21 +49,21 @@ class Mutation:
 MUTATIONS = (
     Mutation(
         "takes any new storage for a TRUNCATE's",
-        "reconcile.py",
-        "truncated = before.truncated_by == member.xid and not member.altered",
+        "drift.py",
+        "truncated = told and not member.altered",
         "truncated = True",
         (f"{DRIFT}::test_rows_that_change_unseen",),
     ),
     Mutation(
         "takes the storage after a TRUNCATE for that of a rewrite",
-        "reconcile.py",
-        "truncated = before.truncated_by == member.xid and not member.altered",
+        "drift.py",
+        "truncated = told and not member.altered",
         "truncated = False",
         (f"{DRIFT}::test_truncates_are_no_rewrites",),
     ),
     Mutation(
         "thinks that every partition was born one",
-        "reconcile.py",
+        "drift.py",
         "if member.is_leaf and not member.born and member.oid not in empty:",
         "if False:",
         (f"{DRIFT}::test_partitions_that_change_unseen",),

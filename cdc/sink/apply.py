@@ -191,7 +191,8 @@ class _Work:
         """Bring the target to where resolved `changes` leave it."""
         op = changes.op
         quarantine.record(self.warehouse, self.table, changes)
-        if not self.soft and (op == rows.INSERT).all():
+        new = self._told_of_absence or not changes.relation.key
+        if not self.soft and new and (op == rows.INSERT).all():
             insert(self.warehouse, self.target, _relation_table(changes, None))
         elif changes.relation.key:
             self._write_keyed(changes)
@@ -206,8 +207,10 @@ class _Work:
         kept = rows.collapse(rows.key_codes([changes.columns[i].take(live) for i in changes.relation.key]), op)
         gone = op[kept.last] == rows.DELETE
         if not self.soft:
-            # A key whose first change is an insert cannot be here yet: Postgres has it unique.
-            self._delete(changes, live[kept.last[op[kept.first] != rows.INSERT]])
+            # A key whose first change is an insert cannot be here yet: Postgres has it unique. But who is not told of
+            # deletes does not know that it went.
+            here = op[kept.first] != rows.INSERT if self._told_of_absence else np.ones(len(kept.first), np.bool_)
+            self._delete(changes, live[kept.last[here]])
             self._insert(changes, live[kept.last[~gone]], None)
             return
         valued = kept.valued >= 0
@@ -215,6 +218,10 @@ class _Work:
         stamps = np.where(gone, changes.commit_ts[live[kept.last]], -1)[valued]
         self._insert(changes, live[kept.valued[valued]], stamps)
         self._mark(changes, live[kept.last[~valued]])
+
+    @property
+    def _told_of_absence(self) -> bool:
+        return {"d", "t"} <= self.table.publishes
 
     def _write_unkeyed(self, changes: TableChanges) -> None:
         """Tables without a key: inserts as they are; under FULL each delete takes one row that is equal throughout."""

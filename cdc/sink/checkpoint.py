@@ -21,6 +21,7 @@ This module alone writes these tables. It never commits: its callers say what be
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import uuid
 from collections.abc import Iterable, Sequence
@@ -124,7 +125,8 @@ class Table:
         copy_lsn: the L of its copy: what was committed before is in the copy, what was committed from there on is not.
         natts: the highest attnum that was ever used when it had `columns`; a column that is added has a higher one.
         deletes: hard or soft, as it was when the table was copied.
-        publication: by which entries of which publications it is published (`PublishedTable.entry`); as these change,
+        publication: by which entries of which publications it is published, and what these publish (reconcile.py writes
+            it): as that changes,
             so does what comes of it in the stream.
     """
 
@@ -140,8 +142,21 @@ class Table:
     deletes: str = "hard"
     publication: str = ""
 
+    @property
+    def publishes(self) -> frozenset[str]:
+        """The first letters of insert, update, delete and truncate, as far as the stream has them."""
+        return _publishes(self.publication)
+
     def __str__(self) -> str:
         return f"{self.schema}.{self.name}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _publishes(publication: str) -> frozenset[str]:
+    if not publication.startswith("["):
+        return frozenset("iudt")
+    _, entries = json.loads(publication)
+    return frozenset(kind for _, _, _, publishes, _ in entries for kind in publishes)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

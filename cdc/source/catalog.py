@@ -18,10 +18,12 @@ from psycopg import sql
 from cdc.source.connection import Connection, translated
 
 __all__ = [
+    "MARK",
     "Attribute",
     "Member",
     "PublishedTable",
     "TableDefinition",
+    "Terms",
     "definition",
     "definitions",
     "owned",
@@ -29,6 +31,9 @@ __all__ = [
     "row_filter",
     "user_tables",
 ]
+
+MARK = "managed by pg-duckdb-cdc"
+"""The comment on a publication of ours."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,6 +87,8 @@ class TableDefinition:
         identity_usable: whether its updates and deletes can be published without making them fail, and be followed:
             a valid key, or FULL. Of a partitioned table every leaf must send what the root's Relation promises: the
             same key, or under FULL the whole row (ALTER TABLE ... REPLICA IDENTITY does not reach the leaves).
+        leaves_astray: a leaf sends old rows, and not what the root's Relation promises. The server minds not: whoever
+            followed them would look for the wrong rows.
         key: attnums of the identity's columns; empty under FULL, NOTHING or without a valid one.
     """
 
@@ -94,6 +101,7 @@ class TableDefinition:
     natts: int
     replica_identity: str
     identity_usable: bool
+    leaves_astray: bool
     key: tuple[int, ...]
 
     @property
@@ -111,13 +119,33 @@ class TableDefinition:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Terms:
+    """A publication, without what it lists.
+
+    Attributes:
+        version: the transaction that last changed its options (or its owner): what was altered and put back shows, too.
+        publishes: the first letters of insert, update, delete and truncate, as far as it does.
+        ours: it has `MARK`.
+        subscribed: OIDs of all the publications that were asked for, tables or not: one that is dropped and made anew
+            has another.
+    """
+
+    version: int
+    publishes: str
+    ours: bool
+    subscribed: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class PublishedTable:
     """A table as one publication publishes it.
 
     Attributes:
         columns: names of what is published, in the order of attnum.
+        publication: its name.
         entry: OID of the row by which it is: of pg_publication_rel, pg_publication_namespace, or pg_publication. A
             table that was taken out and put in again, with other columns or another filter, say, has another one.
+        terms: of the publication.
     """
 
     oid: int
@@ -126,6 +154,7 @@ class PublishedTable:
     columns: tuple[str, ...]
     publication: str
     entry: int
+    terms: Terms
 
     def __str__(self) -> str:
         return f"{self.schema}.{self.name}"
@@ -193,10 +222,18 @@ _USER_TABLE = sql.SQL("""
 # Not by pg_publication_tables: it locks every table that it lists, and so waits behind whoever alters any of them.
 # Under `named` stands what a publication lists, by table, by schema or as everything; `below` are the partitions of
 # that. A column list is for what is listed by table alone, and so is a row filter. 16384: the first OID of users'.
+# What any of the publications publishes by way of a partitioned table, the stream has under that name alone, the
+# topmost one, even if another publication lists the partition itself. 6104 is pg_publication.
 _PUBLISHED = """
     WITH RECURSIVE wanted AS MATERIALIZED (
-        SELECT p.oid, p.pubname, p.puballtables, p.pubviaroot, {generated} AS generated
-        FROM pg_catalog.pg_publication AS p WHERE p.pubname = ANY (%s)
+        SELECT p.oid, p.pubname, p.puballtables, p.pubviaroot, {generated} AS generated,
+               p.xmin::text::int8 AS version,
+               concat(CASE WHEN p.pubinsert THEN 'i' END, CASE WHEN p.pubupdate THEN 'u' END,
+                      CASE WHEN p.pubdelete THEN 'd' END, CASE WHEN p.pubtruncate THEN 't' END) AS publishes,
+               coalesce(d.description = %s, false) AS ours
+        FROM pg_catalog.pg_publication AS p
+        LEFT JOIN pg_catalog.pg_description AS d ON d.objoid = p.oid AND d.classoid = 6104 AND d.objsubid = 0
+        WHERE p.pubname = ANY (%s)
     ), named AS MATERIALIZED (
         SELECT w.oid AS publication, r.prrelid AS relation, r.prattrs AS attnums, r.oid AS entry
         FROM wanted AS w JOIN pg_catalog.pg_publication_rel AS r ON r.prpubid = w.oid
@@ -229,14 +266,16 @@ _PUBLISHED = """
                             ELSE a.attgenerated IN ('', w.generated::"char") END
                  ORDER BY a.attnum),
            coalesce(n.entry, (SELECT min(b.entry) FROM below AS b
-                              WHERE (b.publication, b.relation) = (p.publication, p.relation)))::int8
+                              WHERE (b.publication, b.relation) = (p.publication, p.relation)))::int8,
+           w.version, w.publishes, w.ours, ARRAY(SELECT oid::int8 FROM wanted ORDER BY oid)
     FROM (SELECT publication, relation FROM named UNION SELECT publication, relation FROM below) AS p
     JOIN wanted AS w ON w.oid = p.publication
     JOIN pg_catalog.pg_class AS c ON c.oid = p.relation
     JOIN pg_catalog.pg_namespace AS s ON s.oid = c.relnamespace
     LEFT JOIN named AS n ON (n.publication, n.relation) = (p.publication, p.relation)
-    WHERE CASE WHEN w.pubviaroot THEN (p.publication, p.relation) NOT IN (SELECT publication, relation FROM below)
-               ELSE c.relkind = 'r' END
+    WHERE (w.pubviaroot OR c.relkind = 'r')
+      AND p.relation NOT IN (SELECT b.relation FROM below AS b JOIN wanted AS v ON v.oid = b.publication
+                             WHERE v.pubviaroot)
     ORDER BY s.nspname, c.relname, w.pubname"""
 
 _ROW_FILTERS = """
@@ -304,10 +343,13 @@ def published(connection: Connection, names: Sequence[str]) -> list[PublishedTab
     # Before 18 generated columns are never published.
     generated = "p.pubgencols" if connection.info.server_version >= 180000 else "'n'"
     with translated("read what is published"):
-        rows = connection.execute(sql.SQL(_PUBLISHED).format(generated=sql.SQL(generated)), [list(names)]).fetchall()
+        query = sql.SQL(_PUBLISHED).format(generated=sql.SQL(generated))
+        rows = connection.execute(query, [MARK, list(names)]).fetchall()
     return [
-        PublishedTable(oid, schema, name, tuple(columns), publication, entry)
-        for oid, schema, name, publication, columns, entry in rows
+        PublishedTable(
+            *(oid, schema, name, tuple(columns), publication, entry), Terms(version, publishes, ours, tuple(subscribed))
+        )
+        for oid, schema, name, publication, columns, entry, version, publishes, ours, subscribed in rows
     ]
 
 
@@ -348,6 +390,7 @@ def _definition(row: tuple[Any, ...]) -> TableDefinition:
         natts=natts,
         replica_identity=identity,
         identity_usable=_promises(root) and all(_keeps(leaf, root) for leaf in leaves),
+        leaves_astray=any(_promises(leaf) and not (_promises(root) and _keeps(leaf, root)) for leaf in leaves),
         key=tuple(root[5] or ()),
     )
 

@@ -195,6 +195,8 @@ def end_error(pgconn: abc.PGconn, lsn: int) -> CdcError:
     error = result_error(result, pgconn, "replication stream")
     if error.sqlstate == "42704":
         return publication_error(str(error).removeprefix("replication stream: "), lsn)
+    if error.sqlstate == "0A000":
+        error.hint = "a table must have the same column list in each of the publications that list it"
     if error.sqlstate in ("55000", "58P01"):
         return StateError(str(error), _RESYNC)
     return error
@@ -204,7 +206,8 @@ def publication_error(text: str, lsn: int) -> StateError:
     """Return the error for a publication that the server (`text`) does not find in the WAL after `lsn`."""
     return StateError(
         f"the stream lacks a publication after {format_lsn(lsn)}: {text}",
-        "it was dropped, or made after the slot: create it, then `cdc resync --all`",
+        "it was dropped: once it is there again, `cdc run` makes a new slot and copies every table anew; "
+        "where it does not, `cdc run --fresh`",
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from psycopg import sql
 
-from cdc.errors import SourceError
+from cdc.errors import SourceError, StateError
 from cdc.source import catalog, exclusion, publication, slot
 from cdc.source.catalog import TableDefinition
 from cdc.source.connection import Connection, translated
@@ -215,6 +215,10 @@ def _slot(connection: Connection, name: str) -> Iterator[Finding]:
 
 def _publications(connection: Connection, expected: Expected) -> Iterator[Finding]:
     ours = publication.is_ours(connection, expected.publication)
+    try:
+        publication.refuse_astray(connection, expected.publication)
+    except StateError as error:
+        yield Finding("error", str(error), error.hint)
     if ours is False:
         yield from _foreign(connection, expected.publication)
         return
@@ -224,6 +228,7 @@ def _publications(connection: Connection, expected: Expected) -> Iterator[Findin
     if creates and not _row(connection, "SELECT has_database_privilege(current_database(), 'CREATE')")[0]:
         yield Finding("error", f"publication {expected.publication} is missing, and we may not create it", _SETUP)
         return
+    yield from _altered(connection, planned)
     # A start needs what is there already; what is missing in it can be added later.
     level: Literal["error", "warning"] = "error" if ours is None else "warning"
     permitted = publication.permitted(connection, expected.publication, planned.changed)
@@ -246,6 +251,20 @@ def _publications(connection: Connection, expected: Expected) -> Iterator[Findin
             )
 
 
+def _altered(connection: Connection, planned: publication.Plan) -> Iterator[Finding]:
+    """Look for options that somebody has given to publications of ours."""
+    for each in planned.altered:
+        (permitted,) = _row(
+            connection, "SELECT pg_has_role(pubowner, 'USAGE') FROM pg_publication WHERE pubname = %s", [each]
+        )
+        yield Finding(
+            "warning" if permitted else "error",
+            f"publication {each} was altered: it does not publish all that belongs into the stream",
+            f"{'the consumer does this' if permitted else 'as its owner'}: {_script(connection, planned)}; "
+            "its tables are copied anew",
+        )
+
+
 def _unmatched(connection: Connection, patterns: Sequence[str]) -> Iterator[Finding]:
     tables = catalog.user_tables(connection)
     for pattern in patterns:
@@ -257,6 +276,14 @@ def _unmatched(connection: Connection, patterns: Sequence[str]) -> Iterator[Find
 
 def _foreign(connection: Connection, name: str) -> Iterator[Finding]:
     """Look at a publication that is not ours, and its second, if there is one."""
+    listed: dict[int, tuple[str, ...]] = {}
+    for table in catalog.published(connection, (name, publication.append_name(name))):
+        if listed.setdefault(table.oid, table.columns) != table.columns:
+            yield Finding(
+                "error",
+                f"publications {name} and {publication.append_name(name)} publish different columns of table {table}",
+                "the server ends the stream at its first change: give it the same column list in both, or in one alone",
+            )
     for each in (name, publication.append_name(name)):
         with translated("read publications"):
             row = connection.execute(
@@ -268,10 +295,11 @@ def _foreign(connection: Connection, name: str) -> Iterator[Finding]:
             word for word, there in zip(("insert", "update", "delete", "truncate"), row, strict=True) if not there
         ]
         if absent and each == name:
+            identifier = sql.Identifier(each).as_string(connection)
             yield Finding(
                 "warning",
                 f"publication {each} does not publish: {', '.join(absent)}",
-                f"ALTER PUBLICATION {each} SET (publish = 'insert, update, delete, truncate')",
+                f"ALTER PUBLICATION {identifier} SET (publish = 'insert, update, delete, truncate')",
             )
         if row[1] or row[2]:
             yield from _harmful(connection, each)
@@ -281,7 +309,7 @@ def _harmful(connection: Connection, name: str) -> Iterator[Finding]:
     """Look for tables whose own UPDATE and DELETE fail because of the publication `name`."""
     oids = [table.oid for table in catalog.published(connection, [name])]
     for table in catalog.definitions(connection, oids).values():
-        if not table.identity_usable:
+        if not table.identity_usable and not table.leaves_astray:
             yield Finding(
                 "warning",
                 f"publication {name} publishes updates or deletes of {table}, which has no usable replica identity: "

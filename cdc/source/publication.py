@@ -14,12 +14,13 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
+from typing import LiteralString
 
 from psycopg import sql
 
-from cdc.errors import ConnectionLost, SourceError
+from cdc.errors import ConnectionLost, SourceError, StateError
 from cdc.source import catalog, exclusion
-from cdc.source.catalog import TableDefinition
+from cdc.source.catalog import MARK, TableDefinition
 from cdc.source.connection import Connection, translated
 from cdc.source.exclusion import Excluded
 
@@ -29,18 +30,17 @@ __all__ = [
     "append_name",
     "coming",
     "drop",
+    "dropped",
     "ensure",
     "identifier",
     "is_ours",
     "matches",
     "permitted",
     "plan",
+    "refuse_astray",
     "refuse_columns",
     "render",
 ]
-
-MARK = "managed by pg-duckdb-cdc"
-"""The comment on a publication of ours."""
 
 LOCK_TIMEOUT_S = 5
 """ALTER PUBLICATION waits so long for a table; the caller tries again."""
@@ -51,7 +51,15 @@ _ALL = "insert, update, delete, truncate"
 _APPEND = "insert, truncate"
 
 
-_Members = Mapping[int, frozenset[int] | None]
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Member:
+    """How a publication lists a table: attnums of the columns (None: all), and whether it has a row filter."""
+
+    attnums: frozenset[int] | None
+    filtered: bool = False
+
+
+_Members = Mapping[int, _Member]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,7 +72,9 @@ class Plan:
         gained: tables that move from the second publication to the first. Their updates and deletes were not in the
             stream until then: they have to be copied again.
         lost: tables that move from the first publication to the second, because their identity is not usable any more.
-        relisted: tables that are published with other columns from here on.
+        relisted: tables that are published with other columns from here on, or without the row filter that somebody
+            has put there.
+        altered: publications with other options than ours have: somebody has altered them.
         excluded: the columns that are left out.
         statements: SQL, to be run in one transaction; empty if nothing is missing.
         creates: whether a publication is missing.
@@ -75,6 +85,7 @@ class Plan:
     gained: tuple[TableDefinition, ...] = ()
     lost: tuple[TableDefinition, ...] = ()
     relisted: tuple[TableDefinition, ...] = ()
+    altered: tuple[str, ...] = ()
     excluded: Excluded = dataclasses.field(default_factory=dict)
     statements: tuple[sql.Composed, ...] = ()
     creates: bool = False
@@ -87,9 +98,17 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Publication:
-    """One that exists; `members` are the tables that it lists: OID, and attnums of the columns (None: all)."""
+    """One that exists.
+
+    Attributes:
+        publish: its option of that name.
+        via_root: its option publish_via_partition_root.
+        members: the tables that it lists, by OID.
+    """
 
     ours: bool
+    publish: str
+    via_root: bool
     members: _Members
 
 
@@ -130,16 +149,30 @@ def plan(connection: Connection, name: str, patterns: Sequence[str], exclude: Se
     # What was listed once stays, whatever the patterns say now, in the publication that fits it.
     tables |= catalog.definitions(connection, sorted((listed.keys() | listed_append.keys()) - tables.keys()))
     creates = [*([] if first else _create(name, _ALL)), *([] if second else _create(append_name(name), _APPEND))]
-    excluded = exclusion.excluded(tables.values(), exclude, {**listed_append, **listed})
-    return _plan(name, creates, (listed, listed_append), list(tables.values()), excluded)
+    lists = {oid: member.attnums for oid, member in (*listed_append.items(), *listed.items())}
+    excluded = exclusion.excluded(tables.values(), exclude, lists)
+    planned = _plan(name, creates, (listed, listed_append), list(tables.values()), excluded)
+    altered = [
+        (each, publish)
+        for each, publish in ((name, _ALL), (append_name(name), _APPEND))
+        if each in existing and (existing[each].publish, existing[each].via_root) != (publish, True)
+    ]
+    return dataclasses.replace(
+        planned,
+        altered=tuple(each for each, _ in altered),
+        statements=(*(_options("ALTER PUBLICATION {} SET ({})", *each) for each in altered), *planned.statements),
+    )
 
 
-def ensure(connection: Connection, name: str, patterns: Sequence[str], exclude: Sequence[str] = ()) -> tuple[str, ...]:
+def ensure(
+    connection: Connection, name: str, patterns: Sequence[str], exclude: Sequence[str] = (), *, create: bool = True
+) -> tuple[str, ...]:
     """Make the publications publish every table that matches `patterns`; return the names to subscribe to.
 
-    Creates them if they are missing, adds tables, and moves a table whose identity has become usable or unusable from
-    one to the other; never drops a table otherwise. It takes SHARE UPDATE EXCLUSIVE on the tables in question, which
-    stops no reader and no writer. Doing it again changes nothing.
+    Creates them if they are missing, adds tables, moves a table whose identity has become usable or unusable from one
+    to the other, and takes back what somebody has altered: options, row filters, column lists; never drops a table
+    otherwise. It takes SHARE UPDATE EXCLUSIVE on the tables in question, which stops no reader and no writer. Doing it
+    again changes nothing.
 
     Publications that are there already are changed table by table, where our rights allow it: what cannot be done for
     one table, now or ever, is done for the others.
@@ -149,8 +182,11 @@ def ensure(connection: Connection, name: str, patterns: Sequence[str], exclude: 
         name: CDC_PUBLICATION.
         patterns: CDC_TABLES; empty: every user table.
         exclude: CDC_EXCLUDE.
+        create: what is missing may be created. A stream to which it belongs is of no use then.
 
     Raises:
+        StateError: a publication is missing, and is not to be created; or somebody has altered its options, and our
+            rights do not allow it to take that back.
         ConnectionLost: the connection broke, or the tables' definitions keep changing.
         SourceError: our rights do not allow it to create them (SQLSTATE 42501), a table is locked (55P03), or see
             `plan`.
@@ -159,10 +195,41 @@ def ensure(connection: Connection, name: str, patterns: Sequence[str], exclude: 
         planned = plan(connection, name, patterns, exclude)
         if not planned.statements:
             return planned.names
+        if planned.creates and not create:
+            raise dropped(name)
         change = _apply if planned.creates else _change
         if change(connection, name, planned):
             return planned.names
     raise ConnectionLost(f"publication {name}: the tables' definitions change all the time", "try again in a moment")
+
+
+def dropped(name: str) -> StateError:
+    """Return the error for a publication that is not there any more."""
+    return StateError(
+        f"publication {name} was dropped: what is written meanwhile is not in the stream",
+        "if it was made by somebody else, create it again; then `cdc run` copies every table anew",
+    )
+
+
+def refuse_astray(connection: Connection, name: str) -> None:
+    """Refuse updates and deletes that the stream has, and that nobody can follow.
+
+    Raises:
+        StateError: a table is published by way of its root, partitions have another replica identity than that, and it
+            is not ours to move to the second publication.
+        ConnectionLost, SourceError: the catalog cannot be read.
+    """
+    published = catalog.published(connection, (name, append_name(name)))
+    oids = {table.oid for table in published if {"u", "d"} & set(table.terms.publishes)}
+    found = [table for table in catalog.definitions(connection, sorted(oids)).values() if table.leaves_astray]
+    movable = permitted(connection, name, found) if found and is_ours(connection, name) else []
+    for table in found:
+        if table not in movable:
+            raise StateError(
+                f"publication {name} publishes updates or deletes of {table}, whose partitions have another replica "
+                "identity than the root: they cannot be followed",
+                f"ALTER TABLE ... REPLICA IDENTITY for each; then, if it is mirrored already, `cdc resync {table}`",
+            )
 
 
 def coming(connection: Connection, name: str, patterns: Sequence[str]) -> list[TableDefinition]:
@@ -265,7 +332,7 @@ def _plan(
     lost = [table for table in unusable if table.oid in first]
     gained = [table for table in usable if table.oid in second]
     relisted = [
-        [table for table in fitting if table.oid in members and members[table.oid] != _attnums(table, excluded)]
+        [t for t in fitting if t.oid in members and members[t.oid] != _Member(_attnums(t, excluded))]
         for fitting, members in ((usable, first), (unusable, second))
     ]
     statements = [
@@ -299,6 +366,8 @@ def _change(connection: Connection, name: str, planned: Plan) -> bool:
         SourceError: a table was locked for too long; the others have been seen to.
     """
     existing = _read(connection, planned.names)
+    if planned.altered:
+        _put_right(connection, name, planned)
     first, second = (existing[each].members if each in existing else {} for each in planned.names)
     done, locked = True, None
     for table in permitted(connection, name, planned.changed):
@@ -311,6 +380,27 @@ def _change(connection: Connection, name: str, planned: Plan) -> bool:
     if locked is not None:
         raise locked
     return done
+
+
+def _put_right(connection: Connection, name: str, planned: Plan) -> None:
+    """Take back what somebody has altered in the publications' options.
+
+    Raises:
+        StateError: our rights do not allow it.
+    """
+    statements = planned.statements[: len(planned.altered)]
+    try:
+        with translated(f"publication {name}"), connection.transaction():
+            connection.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'".encode())
+            for statement in statements:
+                connection.execute(statement)
+    except SourceError as error:
+        if error.sqlstate != "42501":
+            raise
+        raise StateError(
+            f"publication {planned.altered[0]} was altered: it does not publish all that belongs into the stream",
+            f"as its owner: {' '.join(render(connection, statements))} Then `cdc run` copies its tables anew",
+        ) from None
 
 
 def _apply(connection: Connection, name: str, planned: Plan) -> bool:
@@ -328,13 +418,13 @@ def _apply(connection: Connection, name: str, planned: Plan) -> bool:
 
 
 def _create(name: str, publish: str) -> list[sql.Composed]:
-    publication = sql.Identifier(name)
-    return [
-        sql.SQL("CREATE PUBLICATION {} WITH (publish = {}, publish_via_partition_root = true)").format(
-            publication, sql.Literal(publish)
-        ),
-        sql.SQL("COMMENT ON PUBLICATION {} IS {}").format(publication, sql.Literal(MARK)),
-    ]
+    mark = sql.SQL("COMMENT ON PUBLICATION {} IS {}").format(sql.Identifier(name), sql.Literal(MARK))
+    return [_options("CREATE PUBLICATION {} WITH ({})", name, publish), mark]
+
+
+def _options(statement: LiteralString, name: str, publish: str) -> sql.Composed:
+    options = sql.SQL("publish = {}, publish_via_partition_root = true").format(sql.Literal(publish))
+    return sql.SQL(statement).format(sql.Identifier(name), options)
 
 
 def _standing(table: TableDefinition, excluded: Excluded) -> tuple[bool, frozenset[int] | None]:
@@ -372,7 +462,11 @@ def _read(connection: Connection, names: Sequence[str]) -> dict[str, _Publicatio
         rows = connection.execute(
             """
             SELECT p.pubname::text, coalesce(d.description = %s, false),
-                   coalesce((SELECT json_agg(json_build_array(r.prrelid::int8, r.prattrs::int2[]))
+                   concat_ws(', ', CASE WHEN p.pubinsert THEN 'insert' END, CASE WHEN p.pubupdate THEN 'update' END,
+                             CASE WHEN p.pubdelete THEN 'delete' END, CASE WHEN p.pubtruncate THEN 'truncate' END),
+                   p.pubviaroot,
+                   coalesce((SELECT json_agg(json_build_array(r.prrelid::int8, r.prattrs::int2[],
+                                                              r.prqual IS NOT NULL))
                              FROM pg_publication_rel AS r WHERE r.prpubid = p.oid), '[]')
             FROM pg_publication AS p
             LEFT JOIN pg_description AS d ON d.objoid = p.oid AND d.classoid = 6104 AND d.objsubid = 0
@@ -380,9 +474,13 @@ def _read(connection: Connection, names: Sequence[str]) -> dict[str, _Publicatio
             [MARK, list(names)],
         ).fetchall()
     return {
-        name: _Publication(ours, {oid: None if attnums is None else frozenset(attnums) for oid, attnums in members})
-        for name, ours, members in rows
+        name: _Publication(ours, publish, via_root, dict(_member(*member) for member in members))
+        for name, ours, publish, via_root, members in rows
     }
+
+
+def _member(oid: int, attnums: Sequence[int] | None, filtered: bool) -> tuple[int, _Member]:
+    return oid, _Member(None if attnums is None else frozenset(attnums), filtered)
 
 
 def render(connection: Connection, statements: Iterable[sql.Composed]) -> list[str]:

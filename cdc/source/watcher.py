@@ -1,5 +1,8 @@
 """Looks at the catalog now and then: adds tables that match our patterns, and tells what is published, and how stored.
 
+What somebody has altered in ours is taken back. A publication that is gone is never made here: what was written
+meanwhile is not in the stream, and whose it was cannot be seen any more.
+
 State: one thread and the newest answer. A server that cannot be reached is the stream's concern; here it is only asked
 again at the next poll.
 """
@@ -10,7 +13,7 @@ import contextlib
 import threading
 from collections.abc import Sequence
 
-from cdc.errors import CdcError, SourceError
+from cdc.errors import CdcError, SourceError, StateError
 from cdc.source import publication
 from cdc.source.connection import connect
 from cdc.source.look import Look, look
@@ -37,7 +40,7 @@ class Watcher:
         self._patterns = tuple(patterns)
         self._exclude = tuple(exclude)
         self._stopping = threading.Event()
-        self._latest: Look | None = None
+        self._latest: Look | StateError | None = None
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="cdc-watcher", daemon=True)
 
@@ -52,21 +55,37 @@ class Watcher:
             self._thread.join(2.0)
 
     def latest(self) -> Look | None:
-        """Return the newest answer, once; None: there is no new one."""
+        """Return the newest answer, once; None: there is no new one.
+
+        Raises:
+            StateError: a publication is gone, or was altered and cannot be put right: the stream is of no use.
+        """
         with self._lock:
             latest, self._latest = self._latest, None
+        if isinstance(latest, StateError):
+            raise latest
         return latest
 
     def _run(self) -> None:
         while not self._stopping.wait(POLL_S):
+            found: Look | StateError
             try:
-                with connect(self._dsn) as connection:
-                    # What cannot be added for a lock that an ALTER holds, say, the next poll tries again.
-                    with contextlib.suppress(SourceError):
-                        publication.ensure(connection, self._publications[0], self._patterns, self._exclude)
-                    found = look(connection, self._publications)
+                found = self._look()
+            except StateError as error:
+                found = error
             except CdcError:
                 # A restart: the next poll sees what this one did not.
                 continue
             with self._lock:
                 self._latest = found
+
+    def _look(self) -> Look:
+        with connect(self._dsn) as connection:
+            # What cannot be added for a lock that an ALTER holds, say, the next poll tries again.
+            with contextlib.suppress(SourceError):
+                publication.ensure(connection, self._publications[0], self._patterns, self._exclude, create=False)
+            for name in self._publications:
+                if publication.is_ours(connection, name) is None:
+                    raise publication.dropped(name)
+            publication.refuse_astray(connection, self._publications[0])
+            return look(connection, self._publications)

@@ -1,0 +1,72 @@
+"""What a look at the catalog means for a table that has no change to tell it, once the stream has come to that look.
+
+Pure: it compares; the pipeline acts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from typing import Literal
+
+from cdc.sink.checkpoint import Table
+from cdc.sink.schema import LiveTable
+from cdc.sink.storage import read
+from cdc.source.catalog import TableDefinition
+
+__all__ = ["Verdict", "judge"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verdict:
+    """What has become of a table without a change that would tell.
+
+    Attributes:
+        kind: renamed; altered: its columns; rewritten: rows may be others; moved: its storage is, its rows are not.
+        reason: for people, of what is rewritten.
+    """
+
+    kind: Literal["renamed", "altered", "rewritten", "moved"]
+    reason: str = ""
+
+
+def judge(table: Table, definition: TableDefinition, live: LiveTable, empty: Collection[int]) -> Verdict | None:
+    """Compare a table with the catalog; None: all is as it was.
+
+    No change of the table's rows lies between its last DDL and the place of the stream where the catalog was read, or
+    else that DDL is known from the change.
+
+    Args:
+        live: the same as `definition`, in the sink's terms.
+        empty: OIDs of attached leaves that have no row.
+    """
+    if (definition.schema, definition.name) != (table.schema, table.name):
+        return Verdict("renamed")
+    described = [(c.name, c.type_oid, c.typmod) for c in live.columns]
+    if described != [(c.name, c.type_oid, c.typmod) for c in table.columns]:
+        return Verdict("altered")
+    if [c.attnum for c in live.columns] != [c.attnum for c in table.columns]:
+        return Verdict("rewritten", "a column was dropped and added again")
+    if definition.storage == table.storage:
+        return None
+    reason = _rewritten(table, definition, empty)
+    return Verdict("rewritten", reason) if reason else Verdict("moved")
+
+
+def _rewritten(table: Table, definition: TableDefinition, empty: Collection[int]) -> str:
+    """Return why rows may have changed without a word in the stream; '' if they have not."""
+    before = read(table.storage)
+    if before is None:
+        return ""  # not known: written down by an earlier version
+    if before.members.keys() - {member.oid for member in definition.members}:
+        return "a partition was detached or dropped"
+    for member in definition.members:
+        if member.oid not in before.members or before.members[member.oid][1] != member.link:
+            if member.is_leaf and not member.born and member.oid not in empty:
+                return "a partition was attached"
+        elif before.members[member.oid][0] != member.relfilenode:
+            told = before.truncated_by == member.xid or "t" not in table.publishes
+            truncated = told and not member.altered
+            if not truncated:
+                return "it was rewritten"
+    return ""
