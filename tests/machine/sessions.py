@@ -35,11 +35,12 @@ class Script:
 
 
 class Session:
-    """One connection, perhaps with an open transaction."""
+    """One connection, perhaps with an open transaction; the last of them does nothing outside of one."""
 
     def __init__(self, number: int, dsn: str, script: Script) -> None:
         self.number = number
         self.savepoints = 0
+        self.always = number == 2
         self._script = script
         self._connection = psycopg.connect(dsn, autocommit=True, options=_OPTIONS)
 
@@ -79,6 +80,9 @@ class Session:
     def run(self, statements: Sequence[str]) -> bool:
         """Do all of `statements`, in the open transaction or as one of their own, or none; return whether."""
         alone = not self.open
+        if alone and self.always:
+            self.begin()
+            alone = False
         first, last, undo = ("BEGIN", "COMMIT", "ROLLBACK") if alone else ("SAVEPOINT _", "RELEASE _", "ROLLBACK TO _")
         bare = alone and len(statements) == 1  # VACUUM has to be
         done = [first, *statements, last] if alone and not bare else statements
