@@ -161,7 +161,7 @@ class PublishedTable:
 
 
 # attmissingval is an array of one element: its text is read as text[], unless its type has another delimiter (box),
-# whose text array_out does not quote.
+# whose text array_out does not quote. A partitioned table holds no rows and so has none: its leaves do, all the same.
 _DEFINITIONS = """
     WITH RECURSIVE wanted AS MATERIALIZED (
         SELECT c.oid, n.nspname, c.relname, c.relkind, c.relreplident, c.relnatts
@@ -198,11 +198,16 @@ _DEFINITIONS = """
     )
     SELECT w.oid::int8, w.nspname::text, w.relname::text, w.relkind::text, w.relreplident::text,
            (SELECT json_agg(json_build_array(a.attnum, a.attname, a.atttypid::int8, a.atttypmod, a.attgenerated,
-                                CASE WHEN NOT a.atthasmissing THEN NULL
-                                     WHEN t.typdelim = ',' THEN (a.attmissingval::text::text[])[1]
-                                     ELSE btrim(a.attmissingval::text, '{{}}') END)
+                                CASE WHEN s.attmissingval IS NULL THEN NULL
+                                     WHEN t.typdelim = ',' THEN (s.attmissingval::text::text[])[1]
+                                     ELSE btrim(s.attmissingval::text, '{{}}') END)
                             ORDER BY a.attnum)
             FROM pg_catalog.pg_attribute AS a LEFT JOIN pg_catalog.pg_type AS t ON t.oid = a.atttypid
+            LEFT JOIN LATERAL (
+                SELECT l.attmissingval
+                FROM members AS m JOIN pg_catalog.pg_attribute AS l ON l.attrelid = m.oid AND l.attname = a.attname
+                WHERE m.root = w.oid AND l.atthasmissing AND NOT l.attisdropped ORDER BY m.oid LIMIT 1
+            ) AS s ON true
             WHERE a.attrelid = w.oid AND a.attnum > 0 AND NOT a.attisdropped),
            (SELECT json_agg(json_build_array(m.is_root, m.oid::int8, m.relkind, m.relreplident, m.relfilenode::int8,
                                              m.attnums, m.names, m.link::text::int8, m.xid::text::int8, m.altered,

@@ -109,6 +109,24 @@ def test_columns_come_and_go(database: Database, lake: Lake) -> None:
     assert column_names(lake, "public.t") == ["id", "v", "filled", "last"]
 
 
+def test_a_partitioned_table_gets_a_column_with_a_default(database: Database, lake: Lake) -> None:
+    """H4, H12: the root holds no rows, so the value that older rows have is noted at its leaves alone."""
+    database.execute(
+        """
+        CREATE TABLE t (id int, p int, PRIMARY KEY (id, p)) PARTITION BY LIST (p);
+        CREATE TABLE t_0 PARTITION OF t FOR VALUES IN (0);
+        CREATE TABLE t_1 PARTITION OF t FOR VALUES IN (1);
+        INSERT INTO t SELECT i, i % 2 FROM generate_series(1, 4) i
+        """
+    )
+    sync(database, lake)
+    first = copies(lake)
+    transactions(database, "ALTER TABLE t ADD COLUMN c int DEFAULT 7, ADD COLUMN d text", "INSERT INTO t VALUES (5, 1)")
+    sync(database, lake)
+    agree(database, lake, {"public.t": None})
+    assert copies(lake) == first
+
+
 def test_ddl_within_a_transaction(database: Database, lake: Lake) -> None:
     """H2, H3, H6: DDL between the changes of one transaction; DDL that is rolled back; a name that is used again."""
     database.execute(
