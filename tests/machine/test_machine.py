@@ -42,7 +42,7 @@ EXPECTED_ERRORS: tuple[str, ...] = ()
 """Parts of the reasons for which a table may be in state error."""
 
 SOAK = bool(os.environ.get("SOAK"))
-EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "500" if SOAK else "12"))
+EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "500" if SOAK else "10"))
 STEPS = 25
 
 _NAMES = ("t0", "t1", "t2")
@@ -70,13 +70,14 @@ def _on(names: Sequence[str]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Known:
-    """A row of ``_cdc.tables``; `changes`: how much DDL was followed since its newest copy."""
+    """A row of ``_cdc.tables``; DDL that was followed since its newest copy, and the history's files since then."""
 
     oid: int
     state: str
     reason: str
     copy_lsn: int
     changes: int
+    paths: list[str]
 
 
 class Mirror(RuleBasedStateMachine):
@@ -344,7 +345,8 @@ class Mirror(RuleBasedStateMachine):
         rows = warehouse_rows(
             self.lake,
             "SELECT table_name, oid, state, reason, copy_lsn, (SELECT count(*) FROM _cdc.schema_changes s "
-            "WHERE s.table_name = t.table_name AND s.lsn >= t.copy_lsn) FROM _cdc.tables t",
+            "WHERE s.table_name = t.table_name AND s.lsn >= t.copy_lsn), (SELECT list(path) FROM _cdc.files f "
+            "WHERE f.table_name = t.table_name AND f.last_lsn >= t.copy_lsn) FROM _cdc.tables t",
         )
         return {row[0]: _Known(*row[1:]) for row in rows}
 
@@ -400,7 +402,7 @@ def _shown(given: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
-@pytest.mark.timeout(0 if SOAK else 300)
+@pytest.mark.timeout(0 if SOAK else 900)  # a minute, or what it takes to shrink a failure
 def test_mirror_is_equal_whatever_happens(server: EmbeddedServer) -> None:
     """C, D, E, F, H, L1, L2, J7: a mirror of anything that may happen, see the module."""
     Mirror.server = server
