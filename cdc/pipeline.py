@@ -447,10 +447,20 @@ class Pipeline:
         if known is not None and known.state == "resyncing":
             # No longer kept up to date, but its changes are still kept for the copy that is under way.
             error = Resync(str(error), error.oid, error.hint)
+        elif known is not None and not isinstance(error, Resync) and self._moved(known):
+            error = Resync(f"{error}; it was rewritten meanwhile", error.oid, error.hint)
         table = self._sink.set_aside(error)
         if table is None:
             raise error
         self._observer.event("table", table=str(table), state=table.state, reason=str(error), hint=error.hint)
+
+    def _moved(self, table: Table) -> bool:
+        """Whether the table has been rewritten, which nobody has looked for yet: its rows are not what we think."""
+        try:
+            live = self._live(table.oid)
+        except ConnectionLost:
+            return False
+        return table.state == "streaming" and live is not None and live.storage != table.storage
 
     def _live(self, oid: int) -> LiveTable | None:
         """Return a published table as the catalog has it now, for the sink's schema changes."""

@@ -171,6 +171,12 @@ def test_rows_that_change_unseen(database: Database, lake: Lake, statements: str
     copied(database, lake, statements, KEYED)
 
 
+def test_a_rewrite_under_whole_rows(database: Database, lake: Lake) -> None:
+    """H5, C10: old rows that the warehouse does not have, because nobody has looked yet: a copy, and no error."""
+    database.execute(TABLE + "; ALTER TABLE t REPLICA IDENTITY FULL")
+    copied(database, lake, "ALTER TABLE t ALTER b TYPE int USING b * 2; UPDATE t SET a = 'x'", {"public.t": []})
+
+
 def test_truncates_are_no_rewrites(database: Database, lake: Lake) -> None:
     """E1, E4, E6: they give a table new storage, too, but they are in the stream; of partitions alike."""
     database.execute(
