@@ -10,7 +10,7 @@ from tests.conftest import Database, Lake
 from tests.integration.copies import await_states, copy_lsns, equal, settle
 from tests.mirror import Consumer, differences, mirror_once, states, until, warehouse_rows
 
-pytestmark = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
+only_18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 
 KEYED: dict[str, Sequence[str] | None] = {"public.t": ["id"]}
 TABLE = """
@@ -246,6 +246,7 @@ def test_partitions_that_change_unseen(database: Database, lake: Lake, statement
     copied(database, lake, statements, {"public.p": ["id"]})
 
 
+@only_18
 def test_while_it_runs(database: Database, lake: Lake) -> None:
     """H1, H4, H8, F4: within a poll or two, under writes, and told in the log; the view goes along."""
     database.execute(TABLE + ";" + PARTITIONED)
@@ -334,6 +335,7 @@ def test_types_that_change(database: Database, lake: Lake) -> None:
     assert moods[1:] == ["very happy", "gloomy"]
 
 
+@only_18
 def test_columns_that_are_not_published(database: Database, lake: Lake) -> None:
     """B9, H1: a virtual column takes a number, too, and is no reason to copy."""
     database.execute(TABLE)
