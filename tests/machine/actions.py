@@ -27,6 +27,8 @@ __all__ = [
     "truncate",
 ]
 
+_LARGE = " STORAGE EXTERNAL"
+
 KINDS = (
     "text STORAGE EXTERNAL",
     "int",
@@ -250,7 +252,8 @@ def truncate(tables: Sequence[Table], *, cascade: bool) -> list[str]:
 
 def create(name: str, shape: str, kinds: Sequence[str]) -> list[str]:
     """Create a table of a certain shape."""
-    loose = [f"c{index} {kind}" for index, kind in enumerate(kinds)]
+    loose = [f"c{index} {kind.removesuffix(_LARGE)}" for index, kind in enumerate(kinds)]
+    large = [f"c{index}" for index, kind in enumerate(kinds) if kind.endswith(_LARGE)]
     columns, options, after = {
         "key": (["id int PRIMARY KEY"], "", []),
         "composite": (["part text", "id int", "PRIMARY KEY (id, part)"], "", []),
@@ -270,14 +273,16 @@ def create(name: str, shape: str, kinds: Sequence[str]) -> list[str]:
             "",
             [],
         ),
-        "long key": (["long text STORAGE EXTERNAL PRIMARY KEY", "id int NOT NULL"], "", []),
+        "long key": (["long text PRIMARY KEY", "id int NOT NULL"], "", []),
         "list": (["id int", "p int", "PRIMARY KEY (id, p)"], " PARTITION BY LIST (p)", []),
         "range": (["id int", "p int", "PRIMARY KEY (id, p)"], " PARTITION BY RANGE (p)", []),
     }[shape]
     kind = {"list": "l", "range": "r"}.get(shape, "")
     leaves = [f"{name}_p{index}" for index in range(2 if kind else 0)]
+    large += ["long"] * (shape == "long key")
     return [
         f"CREATE TABLE {name} ({', '.join(columns[:2] + loose + columns[2:])}){options}",
+        *(f"ALTER TABLE {name} ALTER {column} SET STORAGE EXTERNAL" for column in large),
         *after,
         *(f"CREATE TABLE {leaf} PARTITION OF {name} {_for_values(kind, leaf)}" for leaf in leaves),
     ]

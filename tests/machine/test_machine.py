@@ -376,7 +376,6 @@ def _shown(given: dict[str, str]) -> str:
     return " ".join(f"CDC_{name.upper()}={value}" for name, value in given.items())
 
 
-@pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 @pytest.mark.timeout(0 if SOAK else 900)  # a minute, or what it takes to shrink a failure
 def test_mirror_is_equal_whatever_happens(server: EmbeddedServer) -> None:
     """C, D, E, F, H, L1, L2, J7: a mirror of anything that may happen, see the module."""
