@@ -26,10 +26,10 @@ from cdc.pgoutput.copy import decode_copy
 from cdc.pgoutput.masks import Mask
 from cdc.pgoutput.messages import Column
 from cdc.settings import Settings
-from cdc.sink.checkpoint import StoredColumn
+from cdc.sink.checkpoint import StoredColumn, Table
 from cdc.sink.evolve import COPY_SEQ
 from cdc.sink.history import History, HistoryFile, as_log
-from cdc.sink.schema import masks_of
+from cdc.sink.schema import masks_of, refuse_renamed
 from cdc.sink.staging import CopiedChunk, CopiedTable
 from cdc.source import fence
 from cdc.source.connection import connect
@@ -81,27 +81,27 @@ class Copy:
 
     def __init__(
         self,
-        oid: int,
-        name: str,
+        table: Table,
         settings: Settings,
         publications: Sequence[str],
         history: History,
         waiting: Callable[[list[Blocker], float, str], None],
     ) -> None:
-        """Create a copy of the table `name` that does nothing yet.
+        """Create a copy of `table` that does nothing yet.
 
         Args:
             waiting: told for whom it waits, for how many seconds by now, and the table's name.
         """
-        self.oid = oid
+        self.oid = table.oid
         self.items: queue.Queue[CopyItem] = queue.Queue(maxsize=2)
-        self._name = name
+        self._name = str(table)
+        self._was_masked = any(column.mask for column in table.columns)
         self._settings = settings
         self._publications = publications
         self._history = history
         self._waiting = waiting
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"cdc-copy-{oid}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"cdc-copy-{table.oid}", daemon=True)
         self._lock = threading.Lock()
         self._rows = 0
         self._files: list[HistoryFile] = []
@@ -191,11 +191,13 @@ class Copy:
         """Return the masks of the copied columns.
 
         Raises:
-            TableError: see `masks_of`.
+            MaskError: see `masks_of` and `refuse_renamed`.
         """
         names = [column.name for column in _columns(snapshot)]
+        known = (self._name, str(snapshot.published))
+        refuse_renamed(self._masks, self.oid, known, names, was_masked=self._was_masked)
         key = [index for index, name in enumerate(names) if name in _key(snapshot)]
-        return masks_of(self._masks, self.oid, (self._name, str(snapshot.published)), names, key)
+        return masks_of(self._masks, self.oid, known[1:], names, key)
 
     def _copied(self, snapshot: Snapshot) -> CopiedTable:
         """Return what is copied, as the warehouse has it."""
@@ -207,6 +209,7 @@ class Copy:
             snapshot.lsn,
             definition.storage,
             definition.natts,
+            definition.types,
             self._stored(snapshot),
             _key(snapshot),
         )

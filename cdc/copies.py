@@ -136,7 +136,7 @@ class Copies:
 
     def _begin(self, table: Table) -> None:
         self._sink.begin_copy(table.oid)
-        self._copy = Copy(table.oid, str(table), self._settings, self._publications, self._sink.history, self._waiting)
+        self._copy = Copy(table, self._settings, self._publications, self._sink.history, self._waiting)
         self._copy.start()
         self._observer.event("copy", table=str(table))
 
@@ -172,6 +172,10 @@ class Copies:
     def _swap(self) -> None:
         copied, self._copied = self._copied, None
         if copied is None:
+            return
+        table = self._sink.ledger.tables.get(copied.table.oid)
+        if table is None or table.state not in ("copying", "resyncing"):  # it was put aside meanwhile
+            self._sink.history.remove_temporary(copied.files)
             return
         try:
             self._sink.swap(copied.table, copied.files)

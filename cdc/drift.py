@@ -6,6 +6,7 @@ Pure: it compares; the pipeline acts.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Collection
 from typing import Literal
 
@@ -22,7 +23,8 @@ class Verdict:
     """What has become of a table without a change that would tell.
 
     Attributes:
-        kind: renamed; altered: its columns; rewritten: rows may be others; moved: its storage is, its rows are not.
+        kind: renamed; altered: its columns; rewritten: rows may be others, or print otherwise; moved: its storage or
+            its types are, its rows are not.
         reason: for people, of what is rewritten.
     """
 
@@ -47,9 +49,11 @@ def judge(table: Table, definition: TableDefinition, live: LiveTable, empty: Col
         return Verdict("altered")
     if [c.attnum for c in live.columns] != [c.attnum for c in table.columns]:
         return Verdict("rewritten", "a column was dropped and added again")
-    if definition.storage == table.storage:
+    if [c.mask for c in live.columns] != [c.mask for c in table.columns]:
+        return Verdict("rewritten", "it has other masks under its name")
+    if (definition.storage, definition.types) == (table.storage, table.types):
         return None
-    reason = _rewritten(table, definition, empty)
+    reason = _rewritten(table, definition, empty) or _reprinted(table, definition)
     return Verdict("rewritten", reason) if reason else Verdict("moved")
 
 
@@ -66,7 +70,15 @@ def _rewritten(table: Table, definition: TableDefinition, empty: Collection[int]
                 return "a partition was attached"
         elif before.members[member.oid][0] != member.relfilenode:
             told = before.truncated_by == member.xid or "t" not in table.publishes
-            truncated = told and not member.altered
+            # Behind the TRUNCATE, perhaps: a savepoint's transaction ID is greater than that of the whole.
+            truncated = told and member.columns_xid < member.xid
             if not truncated:
                 return "it was rewritten"
     return ""
+
+
+def _reprinted(table: Table, definition: TableDefinition) -> str:
+    """Return why rows print otherwise than before, without having changed; '' if they do not."""
+    before, now = json.loads(table.types), json.loads(definition.types)
+    changed = any(now[part] != before[part] for part in before.keys() & now.keys())
+    return "values of one of its types print otherwise" if changed else ""

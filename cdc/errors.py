@@ -8,6 +8,7 @@ CdcError                    one line of message, one of hint; exit status 1
 ├── SinkError               the warehouse or the history cannot be written
 │   ├── WarehouseBusy       another process holds the DuckDB file
 │   └── TableError          one table cannot be applied; the others can
+│       └── MaskError       nothing of it may be kept, for its masks cannot be
 └── StateError              slot, warehouse and history do not belong together
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 __all__ = [
     "CdcError",
     "ConnectionLost",
+    "MaskError",
     "ProtocolError",
     "SettingsError",
     "SinkError",
@@ -103,6 +105,10 @@ class TableError(SinkError):
     def __init__(self, message: str, oid: int, hint: str = "") -> None:
         super().__init__(message, hint)
         self.oid = oid
+
+
+class MaskError(TableError):
+    """A table's masks cannot be kept: nothing of it may be, and no copy mends that."""
 
 
 class StateError(CdcError):

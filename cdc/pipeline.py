@@ -25,7 +25,7 @@ import stamina
 
 from cdc.copies import Copies, Observer
 from cdc.drift import Verdict, judge
-from cdc.errors import ConnectionLost, SinkError, TableError, WarehouseBusy
+from cdc.errors import ConnectionLost, MaskError, SinkError, TableError, WarehouseBusy
 from cdc.failpoints import reach
 from cdc.live import live_table, relation_of
 from cdc.lsn import format_lsn
@@ -42,7 +42,7 @@ from cdc.sink.sink import Sink
 from cdc.sink.storage import read as read_storage
 from cdc.sink.view import View
 from cdc.sink.warehouse import ConsumerLock, Warehouse
-from cdc.source import catalog, fence
+from cdc.source import fence
 from cdc.source.catalog import TableDefinition
 from cdc.source.connection import connect
 from cdc.source.look import Look, look
@@ -182,7 +182,7 @@ class Pipeline:
                 position=format_lsn(self._sink.position),
                 tables=len(self._sink.ledger.tables),
             )
-            self._fence()
+            self._fence_surely()
             if not once:
                 watcher.start()
             while not (once and not self._fences and not copies.unfinished):
@@ -368,7 +368,20 @@ class Pipeline:
         known = {oid for storage in storages if storage is not None for oid in storage.members}
         with connect(self._settings.dsn) as connection:
             seen = look(connection, self._publications, known)
-            self._fences[fence.emit(connection)] = seen
+            token = fence.emit(connection)
+            # What changes just now may lie before the fence, and not be in the look.
+            self._fences[token] = seen.settled(look(connection, self._publications))
+
+    def _fence_surely(self) -> None:
+        """Do so however often the connection breaks."""
+        while True:
+            try:
+                self._fence()
+            except ConnectionLost as error:
+                self._observer.event("connection lost", reason=str(error))
+                self._connect()
+            else:
+                return
 
     def _pass_fences(self, contents: set[bytes]) -> None:
         """The stream has come past these fences: what was so by then is so here."""
@@ -377,6 +390,8 @@ class Pipeline:
             for oid in seen.definitions:
                 self._judge(oid, seen)
             self._change(reconcile(self._sink.ledger.tables.values(), seen.published, gone=True))
+            if seen.unsettled:
+                self._fence_surely()
 
     def _reconcile(self, seen: Look | None) -> None:
         """Take in what a poll has found."""
@@ -392,7 +407,7 @@ class Pipeline:
 
     def _verdict(self, oid: int, seen: Look) -> tuple[Verdict, LiveTable] | None:
         table, definition = self._sink.ledger.tables.get(oid), seen.definitions[oid]
-        columns = next((each.columns for each in seen.published if each.oid == oid), None)
+        columns = seen.columns(oid)
         if table is None or table.state != "streaming" or columns is None:
             return None
         live = live_table(definition, columns, self._settings.masks, self._names(definition))
@@ -409,10 +424,15 @@ class Pipeline:
             try:
                 if verdict.kind == "renamed":
                     self._sink.rename(table, definition.schema, definition.name, at)
+                    if table.schema != definition.schema:
+                        # Up to PostgreSQL 15 ALTER SCHEMA ... RENAME is not told to a session that knows the table.
+                        self._connect()
                 elif verdict.kind == "altered":
                     self._sink.follow(table, relation_of(definition, live), live, at)
                 elif verdict.kind == "moved":
-                    self._sink.write_tables([dataclasses.replace(table, storage=definition.storage)])
+                    self._sink.write_tables(
+                        [dataclasses.replace(table, storage=definition.storage, types=definition.types)]
+                    )
                 else:
                     self._observer.event("copied anew", table=str(table), reason=verdict.reason)
                     self._change([again(table)])
@@ -444,14 +464,16 @@ class Pipeline:
     def _set_aside(self, error: TableError) -> None:
         """After an error in the stream of one table: put it into its state, so that the others can go on."""
         known = self._sink.ledger.tables.get(error.oid)
-        if known is not None and known.state == "resyncing":
+        if known is not None and known.state == "resyncing" and not isinstance(error, MaskError):
             # No longer kept up to date, but its changes are still kept for the copy that is under way.
             error = Resync(str(error), error.oid, error.hint)
-        elif known is not None and not isinstance(error, Resync) and self._moved(known):
+        elif known is not None and not isinstance(error, Resync | MaskError) and self._moved(known):
             error = Resync(f"{error}; it was rewritten meanwhile", error.oid, error.hint)
         table = self._sink.set_aside(error)
         if table is None:
             raise error
+        if table.state == "error" and self._copies is not None:
+            self._copies.drop(table.oid)
         self._observer.event("table", table=str(table), state=table.state, reason=str(error), hint=error.hint)
 
     def _moved(self, table: Table) -> bool:
@@ -465,11 +487,12 @@ class Pipeline:
     def _live(self, oid: int) -> LiveTable | None:
         """Return a published table as the catalog has it now, for the sink's schema changes."""
         with connect(self._settings.dsn) as connection:
-            definition = catalog.definition(connection, oid)
-            published = [t for t in catalog.published(connection, self._publications) if t.oid == oid]
-        if definition is None or not published:
+            seen = look(connection, self._publications)
+        columns = seen.columns(oid)
+        if columns is None:
             return None
-        return live_table(definition, published[0].columns, self._settings.masks, self._names(definition))
+        definition = seen.definitions[oid]
+        return live_table(definition, columns, self._settings.masks, self._names(definition))
 
     def _names(self, definition: TableDefinition) -> list[str]:
         return [str(definition), str(self._sink.ledger.tables.get(definition.oid))]

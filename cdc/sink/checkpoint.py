@@ -48,7 +48,8 @@ CREATE TABLE _cdc.checkpoint (
 CREATE TABLE _cdc.tables (
     schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, oid UINTEGER NOT NULL, storage VARCHAR NOT NULL,
     state VARCHAR NOT NULL, reason VARCHAR NOT NULL, copy_lsn UBIGINT, columns VARCHAR NOT NULL,
-    natts INTEGER NOT NULL, deletes VARCHAR NOT NULL, publication VARCHAR NOT NULL, last_change_ts TIMESTAMPTZ,
+    natts INTEGER NOT NULL, types VARCHAR NOT NULL, deletes VARCHAR NOT NULL, publication VARCHAR NOT NULL,
+    last_change_ts TIMESTAMPTZ,
     requested BOOLEAN NOT NULL DEFAULT false);
 CREATE TABLE _cdc.quarantine (
     schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, column_name VARCHAR NOT NULL, key VARCHAR,
@@ -73,6 +74,7 @@ _UPGRADES = {
         "ALTER TABLE _cdc.tables RENAME COLUMN relfilenode TO storage",
         "UPDATE _cdc.tables SET storage = ''",
         "ALTER TABLE _cdc.tables ADD COLUMN natts INTEGER DEFAULT 0",
+        "ALTER TABLE _cdc.tables ADD COLUMN types VARCHAR DEFAULT '{}'",
         "ALTER TABLE _cdc.schema_changes ADD COLUMN oid UINTEGER",
         "ALTER TABLE _cdc.schema_changes ADD COLUMN seq BIGINT",
         "ALTER TABLE _cdc.schema_changes ADD COLUMN old_name VARCHAR",
@@ -124,6 +126,7 @@ class Table:
             behind it `truncated` notes the last TRUNCATE since then. '': unknown.
         copy_lsn: the L of its copy: what was committed before is in the copy, what was committed from there on is not.
         natts: the highest attnum that was ever used when it had `columns`; a column that is added has a higher one.
+        types: `TableDefinition.types`, as they were when the table was last found to print as before.
         deletes: hard or soft, as it was when the table was copied.
         publication: by which entries of which publications it is published, and what these publish (reconcile.py writes
             it): as that changes,
@@ -139,6 +142,7 @@ class Table:
     copy_lsn: int | None = None
     columns: tuple[StoredColumn, ...] = ()
     natts: int = 0
+    types: str = "{}"
     deletes: str = "hard"
     publication: str = ""
 
@@ -211,8 +215,8 @@ class Ledger:
         for row in run("SELECT system_identifier, database, slot, publication, lsn FROM _cdc.checkpoint"):
             self.checkpoint = Checkpoint(*row)
         for row in run(
-            "SELECT oid, schema_name, table_name, state, reason, storage, copy_lsn, columns, natts, deletes, "
-            "publication FROM _cdc.tables"
+            "SELECT oid, schema_name, table_name, state, reason, storage, copy_lsn, columns, natts, types, "
+            "deletes, publication FROM _cdc.tables"
         ):
             oid, schema, name, state, reason, storage, copy_lsn, columns, *rest = row
             stored = tuple(StoredColumn(*column) for column in json.loads(columns))
@@ -271,16 +275,16 @@ class Ledger:
         columns = json.dumps([dataclasses.astuple(column) for column in table.columns])
         values: list[Any] = [
             *(table.schema, table.name, table.storage, table.state, table.reason, table.copy_lsn),
-            *(columns, table.natts, table.deletes, table.publication, table.oid),
+            *(columns, table.natts, table.types, table.deletes, table.publication, table.oid),
         ]
         if not self._warehouse.execute(
             "UPDATE _cdc.tables SET schema_name = ?, table_name = ?, storage = ?, state = ?, reason = ?, "
-            "copy_lsn = ?, columns = ?, natts = ?, deletes = ?, publication = ? WHERE oid = ? RETURNING 1",
+            "copy_lsn = ?, columns = ?, natts = ?, types = ?, deletes = ?, publication = ? WHERE oid = ? RETURNING 1",
             values,
         ):
             self._warehouse.execute(
                 "INSERT INTO _cdc.tables (schema_name, table_name, storage, state, reason, copy_lsn, columns, "
-                "natts, deletes, publication, oid) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "natts, types, deletes, publication, oid) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 values,
             )
         self.tables[table.oid] = table

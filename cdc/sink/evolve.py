@@ -21,7 +21,7 @@ from cdc.sink import quarantine, schema
 from cdc.sink.apply import of_table
 from cdc.sink.checkpoint import Ledger, SchemaChange, StoredColumn, Table
 from cdc.sink.history import History, as_log
-from cdc.sink.schema import DELETED_AT, Change, LiveTable
+from cdc.sink.schema import DELETED_AT, Change, LiveTable, refuse_renamed
 from cdc.sink.view import View, refresh
 from cdc.sink.warehouse import Warehouse, quote
 
@@ -87,6 +87,10 @@ class Evolution:
         followed, self._followed = self._followed, []
         return followed
 
+    def forget(self) -> None:
+        """After a rollback: nothing was followed."""
+        self._followed, self._logged = [], {}
+
     def logged(self, table: Table, lsn: int) -> None:
         """Note that the history has changes under this name up to `lsn`."""
         self._logged[table.schema, table.name] = lsn
@@ -138,10 +142,18 @@ class Evolution:
 
         Raises:
             Resync: only a new copy can.
-            TableError: the name is taken by something that is not ours, or its masks go by the old name.
+            TableError: the name is taken by something that is not ours.
+            MaskError: its masks go by the old name.
         """
-        if stale := self._masked(table):
-            raise stale
+        refuse_renamed(
+            self._masks,
+            table.oid,
+            (str(table), ".".join(names)),
+            [column.name for column in table.columns],
+            was_masked=any(column.mask for column in table.columns),
+        )
+        if any(name.startswith(f"{'.'.join(names)}.") for name in self._masks):
+            raise Resync(f"{table} is {'.'.join(names)} now, which has masks", table.oid)
         if self._history.root is not None and self._logged.get(names) == moment.lsn:
             raise Resync(f"{table} is {'.'.join(names)} now, a name that the same transaction used before", table.oid)
         self.make_room(table.oid, *names)
@@ -158,7 +170,7 @@ class Evolution:
         """Give the DuckDB table `source` (quoted) the names of `renamed`."""
         target = self._warehouse.name(renamed.schema, renamed.name)
         with of_table(table):
-            if renamed.schema == table.schema:
+            if schema.folded(renamed.schema) == schema.folded(table.schema):
                 detour = f"_cdc_moved_{table.oid}"  # DuckDB ignores case: `t` is in the way of `T`
                 self._warehouse.execute(f"ALTER TABLE {source} RENAME TO {quote(detour)}")
                 source = self._warehouse.name(table.schema, detour)
@@ -172,6 +184,7 @@ class Evolution:
         """Take the name from the table that has it here: one that is gone goes, one that has another name will tell.
 
         Raises:
+            Resync: its name differs in nothing but case.
             TableError: it is none of ours.
         """
         wanted = schema.folded(schema_name, name)
@@ -182,13 +195,18 @@ class Evolution:
             if other.state == "dropped":  # and a table was created under its name, which has a new OID
                 self._warehouse.execute(f"DROP TABLE IF EXISTS {target}")
                 self._ledger.forget(other.oid)
+                quarantine.forget_table(self._warehouse, other)
             if other.state == "dropped" or other.copy_lsn is None:
                 continue
+            if (other.schema, other.name) != (schema_name, name):
+                # Is it this one's name, too? Then one of them has to be left out: the copy tells.
+                raise Resync(f"{schema_name}.{name} and {other} have the same name to DuckDB", oid)
             aside = dataclasses.replace(other, name=f"_cdc_moved_{other.oid}")
             self._warehouse.execute(f"ALTER TABLE {target} RENAME TO {quote(aside.name)}")
             quarantine.rename_table(self._warehouse, other, (aside.schema, aside.name))
-            if stale := self._masked(other):
-                aside = dataclasses.replace(aside, state="error", reason=str(stale))
+            if any(column.mask for column in other.columns):
+                reason = f"table {other} has another name now, and CDC_MASK goes by the old one"
+                aside = dataclasses.replace(aside, state="error", reason=reason)
             self._ledger.put(aside)
         if schema.strangers(self._warehouse, self._ledger.tables.values(), [(schema_name, name)]):
             raise TableError(
@@ -203,16 +221,6 @@ class Evolution:
             self._viewed = table.oid
         if self._view is not None and self._viewed == table.oid:
             refresh(self._warehouse, self._view, table)
-
-    def _masked(self, table: Table) -> TableError | None:
-        """Return why a table that has masks cannot get another name: these go by the one that it has."""
-        if not any(name.startswith(f"{table}.") for name in self._masks):
-            return None
-        return TableError(
-            f"table {table} has another name now, and CDC_MASK goes by the old one",
-            table.oid,
-            "put CDC_MASK right, start the consumer again, and `cdc resync` the table",
-        )
 
     def _log_rows(self, table: Table, moment: Moment) -> None:
         """Begin the history of a table under its new name with a copy of what it has."""

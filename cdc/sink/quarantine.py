@@ -24,6 +24,7 @@ from cdc.sink.warehouse import Warehouse
 __all__ = [
     "forget_columns",
     "forget_copy",
+    "forget_table",
     "inherit",
     "keep",
     "key_sql",
@@ -144,6 +145,11 @@ def rename_columns(warehouse: Warehouse, table: Table, names: Mapping[str, str])
             f"WHERE {_HERE} AND q.column_name = r.name AND q.key IS NOT DISTINCT FROM r.key",
             here,
         )
+
+
+def forget_table(warehouse: Warehouse, table: Table) -> None:
+    """A table is gone: no row holds anything any more."""
+    warehouse.execute(f"UPDATE _cdc.quarantine SET current = false WHERE {_HERE}", [table.schema, table.name])
 
 
 def rename_table(warehouse: Warehouse, table: Table, names: tuple[str, str]) -> None:

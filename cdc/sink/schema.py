@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cdc.errors import TableError
+from cdc.errors import MaskError, TableError
 from cdc.pgoutput.masks import Mask, Masks, chosen, missing
 from cdc.pgoutput.messages import Column, Relation
 from cdc.pgoutput.types import column_type
@@ -36,6 +36,7 @@ __all__ = [
     "nulls",
     "plan",
     "refuse",
+    "refuse_renamed",
     "same",
     "stored_columns",
     "strangers",
@@ -133,23 +134,43 @@ def masks_of(
         key: indexes of the columns that identify a row.
 
     Raises:
-        TableError: a masked column is gone, perhaps under another name, or is part of the key: nothing of the table may
-            be kept then.
+        MaskError: a masked column is gone, perhaps under another name, or is part of the key.
     """
     if gone := missing(masks, tables, columns):
-        raise TableError(
+        raise MaskError(
             f"masked column {gone[0]} is not there any more: it was dropped, or has another name now",
             oid,
             f"put CDC_MASK right, start the consumer again, and run `cdc resync {tables[0]}`",
         )
     found = chosen(masks, tables, columns)
     if wrong := sorted(found.keys() & set(key)):
-        raise TableError(
+        raise MaskError(
             f"masked column {columns[wrong[0]]} of {tables[0]} is part of its key now",
             oid,
             "take it out of CDC_MASK, or give the table another key; then `cdc resync` the table",
         )
     return found
+
+
+def refuse_renamed(masks: Masks, oid: int, names: tuple[str, str], columns: Sequence[str], *, was_masked: bool) -> None:
+    """Refuse a table whose masks go by a name that it has no longer.
+
+    Args:
+        masks: CDC_MASK.
+        names: by which it was known, and which it has now.
+        columns: names of all that the source sends.
+        was_masked: what is here of it has masks.
+
+    Raises:
+        MaskError: they do.
+    """
+    before, now = (chosen(masks, [name], columns) for name in names)
+    if names[0] != names[1] and not now and (was_masked or before or missing(masks, [names[0]], ())):
+        raise MaskError(
+            f"table {names[0]} is {names[1]} now, and CDC_MASK goes by its old name",
+            oid,
+            "put CDC_MASK right, start the consumer again, and `cdc resync` the table",
+        )
 
 
 def same(columns: Sequence[StoredColumn], relation: Relation) -> bool:
@@ -208,7 +229,9 @@ def refuse(table: Table, columns: Sequence[StoredColumn], *, soft: bool, logged:
             raise TableError(reason, table.oid, hint)
 
 
-def plan(target: str, table: Table, relation: Relation, live: LiveTable | None) -> Plan | None:
+def plan(  # noqa: PLR0911 -- each is one reason for a new copy
+    target: str, table: Table, relation: Relation, live: LiveTable | None
+) -> Plan | None:
     """Return the ALTERs from `table` to `relation`, or None where only a new copy can make it right.
 
     Args:
@@ -224,6 +247,8 @@ def plan(target: str, table: Table, relation: Relation, live: LiveTable | None) 
     after = dict(zip(attnums, relation.columns, strict=True))
     now = {column.attnum: column for column in live.columns}
     dropped, added = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
+    if not before.keys() & after.keys() or any(n <= table.natts for n in added):
+        return None  # DuckDB keeps one column at least; one that was there already, unpublished, has values
     gone = {(before[n].name, before[n].type_oid, before[n].typmod) for n in dropped}
     if gone & {(after[n].name, after[n].type_oid, after[n].typmod) for n in added}:
         return None  # rows may have come for either of the two: to the stream they look the same
@@ -341,7 +366,8 @@ class _Steps:
             return True
         before, after = (column_type(c.type_oid, c.typmod).duckdb for c in (old, new))
         widened = (old.type_oid, new.type_oid) in _WIDENED
-        if not widened and (rewritten or not _holds(before, after)):
+        same_text = before != "VARCHAR" or old.type_oid == new.type_oid or {old.type_oid, new.type_oid} <= _TEXTS
+        if not widened and (rewritten or not _holds(before, after) or (before == after and not same_text)):
             return False
         if before != after:
             self._alter(f"ALTER COLUMN {quote(name)} TYPE {after}")
@@ -363,6 +389,9 @@ class _Steps:
     def _alter(self, action: str) -> None:
         self.statements.append((f"ALTER TABLE {self._target} {action}", ()))
 
+
+# text and varchar: of other types that are text here, each prints in its own way.
+_TEXTS = {25, 1043}
 
 # Types of which the second holds each value of the first, unless USING made others of them: int2, int4, int8, floats.
 _WIDENED = {(21, 23), (21, 20), (23, 20), (700, 701)}

@@ -179,7 +179,7 @@ class Sink:
         self.warehouse.rollback()
         self.history.discard()
         self._last_change = {}
-        self._evolution.take()
+        self._evolution.forget()
         if self.warehouse.held:
             try:
                 self.ledger.load()

@@ -48,7 +48,7 @@ class CopiedTable:
 
     Attributes:
         lsn: the copy's L: what was committed before is in it, nothing that was committed from there on.
-        storage, natts, columns: see `Table`.
+        storage, natts, types, columns: see `Table`.
         key: names of the columns of its replica identity, none where it has no key.
     """
 
@@ -58,6 +58,7 @@ class CopiedTable:
     lsn: int
     storage: str
     natts: int
+    types: str
     columns: tuple[StoredColumn, ...]
     key: tuple[str, ...]
 
@@ -143,6 +144,7 @@ class Staging:
             reason="",
             storage=copied.storage,
             natts=copied.natts,
+            types=copied.types,
             copy_lsn=copied.lsn,
             columns=copied.columns,
             deletes=self._deletes,

@@ -10,6 +10,7 @@ Source: PostgreSQL manual, "System Catalogs" and "Publications"; RelationGetInde
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ class Member:
         is_leaf: it has storage.
         link: xmin of the row of pg_inherits that attaches it to its parent; 0: of the root.
         xid: xmin of its row of pg_class: which transaction wrote that last, a TRUNCATE, say.
-        altered: that transaction has written columns, too, as ALTER TABLE ... TYPE does.
+        columns_xid: which transaction was the last to write one of its columns, as ALTER TABLE ... TYPE does.
         born: it was made by CREATE TABLE ... PARTITION OF, and so had no row before it was a partition.
     """
 
@@ -70,7 +71,7 @@ class Member:
     relfilenode: int
     link: int
     xid: int
-    altered: bool
+    columns_xid: int
     born: bool
 
 
@@ -83,6 +84,8 @@ class TableDefinition:
         members: the table and all partitions below it, by OID.
         attributes: without dropped ones, in the order of attnum.
         natts: the highest attnum that was ever used.
+        types: a JSON object of what decides how values of the user's types print: by OID, each label of an enum, and
+            the attributes of a composite type.
         replica_identity: d default, n nothing, f full, i index.
         identity_usable: whether its updates and deletes can be published without making them fail, and be followed:
             a valid key, or FULL. Of a partitioned table every leaf must send what the root's Relation promises: the
@@ -99,6 +102,7 @@ class TableDefinition:
     members: tuple[Member, ...]
     attributes: tuple[Attribute, ...]
     natts: int
+    types: str
     replica_identity: str
     identity_usable: bool
     leaves_astray: bool
@@ -179,8 +183,8 @@ _DEFINITIONS = """
         SELECT tree.root, tree.is_root, c.oid, c.relkind, c.relreplident, c.relfilenode, key.attnums, key.names,
                tree.link, c.xmin AS xid,
                -- ATTACH PARTITION writes the columns anew; CREATE TABLE ... PARTITION OF just once, with the row type.
-               EXISTS (SELECT FROM pg_catalog.pg_attribute AS a
-                       WHERE a.attrelid = c.oid AND a.attnum > 0 AND a.xmin = c.xmin) AS altered,
+               (SELECT a.xmin FROM pg_catalog.pg_attribute AS a
+                WHERE a.attrelid = c.oid AND a.attnum > 0 ORDER BY age(a.xmin) LIMIT 1) AS columns_xid,
                NOT tree.is_root AND (SELECT coalesce(bool_or(a.xmin = t.xmin AND a.cmin = t.cmin), false)
                 FROM pg_catalog.pg_attribute AS a JOIN pg_catalog.pg_type AS t ON t.oid = c.reltype
                 WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS born
@@ -195,6 +199,22 @@ _DEFINITIONS = """
               AND x.indisvalid AND x.indisunique AND x.indimmediate
               AND (c.relreplident = 'd' AND x.indisprimary OR c.relreplident = 'i' AND x.indisreplident)
         ) AS key ON true
+    ), used (root, type) AS (
+        SELECT w.oid, a.atttypid
+        FROM wanted AS w JOIN pg_catalog.pg_attribute AS a ON a.attrelid = w.oid
+        WHERE a.attnum > 0 AND NOT a.attisdropped AND a.atttypid >= 16384
+        UNION
+        SELECT used.root, part.type
+        FROM used
+        JOIN pg_catalog.pg_type AS t ON t.oid = used.type
+        CROSS JOIN LATERAL (
+            SELECT t.typbasetype WHERE t.typtype = 'd'
+            UNION ALL SELECT t.typelem
+            UNION ALL SELECT r.rngsubtype FROM pg_catalog.pg_range AS r WHERE t.oid IN (r.rngtypid, r.rngmultitypid)
+            UNION ALL SELECT a.atttypid FROM pg_catalog.pg_attribute AS a
+                      WHERE t.typtype = 'c' AND a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped
+        ) AS part (type)
+        WHERE part.type >= 16384
     )
     SELECT w.oid::int8, w.nspname::text, w.relname::text, w.relkind::text, w.relreplident::text,
            (SELECT json_agg(json_build_array(a.attnum, a.attname, a.atttypid::int8, a.atttypmod, a.attgenerated,
@@ -210,10 +230,20 @@ _DEFINITIONS = """
             ) AS s ON true
             WHERE a.attrelid = w.oid AND a.attnum > 0 AND NOT a.attisdropped),
            (SELECT json_agg(json_build_array(m.is_root, m.oid::int8, m.relkind, m.relreplident, m.relfilenode::int8,
-                                             m.attnums, m.names, m.link::text::int8, m.xid::text::int8, m.altered,
+                                             m.attnums, m.names, m.link::text::int8, m.xid::text::int8,
+                                             coalesce(m.columns_xid::text::int8, 0),
                                              m.born) ORDER BY m.oid)
             FROM members AS m WHERE m.root = w.oid),
-           w.relnatts
+           w.relnatts,
+           (SELECT json_object_agg(part.key, part.value ORDER BY part.key)
+            FROM (SELECT e.oid::text, e.enumlabel::text
+                  FROM used JOIN pg_catalog.pg_enum AS e ON e.enumtypid = used.type WHERE used.root = w.oid
+                  UNION ALL
+                  SELECT t.oid::text, string_agg(a.attnum || ' ' || a.atttypid, ',' ORDER BY a.attnum)
+                  FROM used
+                  JOIN pg_catalog.pg_type AS t ON t.oid = used.type AND t.typtype = 'c'
+                  JOIN pg_catalog.pg_attribute AS a ON a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped
+                  WHERE used.root = w.oid GROUP BY t.oid) AS part (key, value))
     FROM wanted AS w
     ORDER BY w.nspname, w.relname"""
 
@@ -382,7 +412,7 @@ def _definitions(connection: Connection, condition: sql.Composable) -> list[Tabl
 
 
 def _definition(row: tuple[Any, ...]) -> TableDefinition:
-    oid, schema, name, relkind, identity, attributes, members, natts = row
+    oid, schema, name, relkind, identity, attributes, members, natts, types = row
     root = next(member for member in members if member[0])
     leaves = [member for member in members if member[2] != "p"]
     return TableDefinition(
@@ -393,6 +423,7 @@ def _definition(row: tuple[Any, ...]) -> TableDefinition:
         members=tuple(Member(m[1], m[2] != "p", m[4], m[7], m[8], m[9], m[10]) for m in members),
         attributes=tuple(Attribute(*attribute) for attribute in attributes or ()),
         natts=natts,
+        types=json.dumps(types or {}),
         replica_identity=identity,
         identity_usable=_promises(root) and all(_keeps(leaf, root) for leaf in leaves),
         leaves_astray=any(_promises(leaf) and not (_promises(root) and _keeps(leaf, root)) for leaf in leaves),

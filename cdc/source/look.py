@@ -24,11 +24,27 @@ class Look:
     Attributes:
         definitions: of the published tables, by OID.
         empty: OIDs of leaves that were attached and hold no row.
+        unsettled: some definitions were left out, for they were changing.
     """
 
     published: list[PublishedTable]
     definitions: Mapping[int, TableDefinition]
     empty: frozenset[int]
+    unsettled: bool = False
+
+    def columns(self, oid: int) -> tuple[str, ...] | None:
+        """Return the names of a table's published columns; None: it is not published."""
+        return next((table.columns for table in self.published if table.oid == oid), None)
+
+    def settled(self, later: Look) -> Look:
+        """Return this look without the definitions that another one, taken later, does not have just so."""
+        same = {
+            oid: definition
+            for oid, definition in self.definitions.items()
+            if later.definitions.get(oid) == definition and later.columns(oid) == self.columns(oid)
+        }
+        unsettled = later.definitions.keys() != same.keys()
+        return dataclasses.replace(self, definitions=same, unsettled=unsettled)
 
 
 def look(connection: Connection, publications: Sequence[str], known: Collection[int] | None = None) -> Look:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
+from cdc.source import fence
+from cdc.source.connection import Connection
 from tests.conftest import Database, Lake
 from tests.integration.copies import await_states, copy_lsns, equal, settle
 from tests.mirror import Consumer, differences, mirror_once, states, until, warehouse_rows
@@ -311,28 +313,33 @@ def test_ddl_of_a_partitioned_table(database: Database, lake: Lake) -> None:
 
 
 def test_types_that_change(database: Database, lake: Lake) -> None:
-    """H14: an enum gets labels and loses names, a domain its checks, a composite an attribute: text is text."""
+    """H14: an enum gets a label, a domain loses its check; a label is renamed, a composite gets an attribute."""
     database.execute(
         "CREATE TYPE mood AS ENUM ('sad', 'ok'); CREATE DOMAIN short AS text CHECK (length(value) < 5);"
-        "CREATE TYPE pair AS (a int, b text);"
-        "CREATE TABLE t (id int PRIMARY KEY, m mood, s short, p pair);"
-        "INSERT INTO t VALUES (1, 'sad', 'abc', '(1,x)')"
+        "CREATE TYPE pair AS (a int, b text); CREATE DOMAIN moods AS mood[];"
+        "CREATE TABLE t (id int PRIMARY KEY, m moods, s short, p pair[]);"
+        "INSERT INTO t VALUES (1, '{sad}', 'abc', '{\"(1,x)\"}')"
     )
     mirror_once(lake, database.dsn)
     for statement in (
         "ALTER TYPE mood ADD VALUE 'very happy' BEFORE 'sad'",
-        "INSERT INTO t VALUES (2, 'very happy', 'abcd', '(2,\"y z\")')",
+        "INSERT INTO t VALUES (2, '{very happy}', 'abcd', '{}')",
         "ALTER DOMAIN short DROP CONSTRAINT short_check",
         "UPDATE t SET s = 'longer than that' WHERE id = 1",
     ):
         database.execute(statement)
     mirror_once(lake, database.dsn)
     equal(database, lake, KEYED)
-    # Every row prints otherwise now, without having changed: what is not in the stream comes with the next copy.
-    database.execute("ALTER TYPE mood RENAME VALUE 'sad' TO 'gloomy'; INSERT INTO t VALUES (3, 'gloomy', 'x', '(3,z)')")
+    before = copy_lsns(lake)
+    # Every row prints otherwise now, without having changed.
+    for statement in ("ALTER TYPE mood RENAME VALUE 'sad' TO 'gloomy'", "ALTER TYPE pair ADD ATTRIBUTE c int"):
+        database.execute(statement)
+        mirror_once(lake, database.dsn)
+        equal(database, lake, KEYED)
+        assert copy_lsns(lake) != before
+        before = copy_lsns(lake)
     mirror_once(lake, database.dsn)
-    moods = [mood for (mood,) in warehouse_rows(lake, "SELECT m FROM public.t ORDER BY id")]
-    assert moods[1:] == ["very happy", "gloomy"]
+    assert copy_lsns(lake) == before
 
 
 @only_18
@@ -344,3 +351,69 @@ def test_columns_that_are_not_published(database: Database, lake: Lake) -> None:
     followed(database, lake, [virtual, added], KEYED)
     dropped = "ALTER TABLE t DROP g; ALTER TABLE t RENAME d TO g; UPDATE t SET g = 5 WHERE id = 2"
     followed(database, lake, [dropped], KEYED)
+
+
+@only_18
+def test_ddl_between_a_look_and_its_fence(database: Database, lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """H1: the stream is ahead of the look then; what the look lacks is not taken back."""
+    database.execute(TABLE)
+    mirror_once(lake, database.dsn)
+    real = fence.emit
+    pending = ["ALTER TABLE t ADD d text; UPDATE t SET d = 'precious' WHERE id = 1"]
+
+    def late(connection: Connection) -> bytes:
+        if pending:
+            database.execute(pending.pop())
+        return real(connection)
+
+    monkeypatch.setattr("cdc.source.fence.emit", late)
+    mirror_once(lake, database.dsn)
+    equal(database, lake, KEYED)
+    assert [change for _, change in changes(lake)] == ["column d added"]
+
+
+def test_names_that_differ_in_case(database: Database, lake: Lake) -> None:
+    """B2, H8: to DuckDB they are one: the table that takes the name of another is put aside, and says so, once."""
+    database.execute(TABLE + "; CREATE TABLE u (id int PRIMARY KEY); INSERT INTO u VALUES (1)")
+    mirror_once(lake, database.dsn)
+    database.execute('ALTER TABLE u RENAME TO "T"')
+    for _ in range(2):
+        mirror_once(lake, database.dsn)
+    database.execute('INSERT INTO "T" VALUES (2); INSERT INTO t VALUES (7)')
+    mirror_once(lake, database.dsn)
+    equal(database, lake, KEYED)
+    found = warehouse_rows(lake, "SELECT state, reason FROM _cdc.tables WHERE state <> 'streaming'")
+    assert [(state, "have the same name to DuckDB" in reason) for state, reason in found] == [("error", True)]
+    assert len([change for _, change in changes(lake) if "renamed" in change]) == 0
+
+
+def test_schemas_that_get_other_names(database: Database, lake: Lake) -> None:
+    """H8: told by no Relation up to PostgreSQL 15; once is enough."""
+    database.execute("CREATE SCHEMA a; CREATE TABLE a.t (id int PRIMARY KEY); INSERT INTO a.t VALUES (1)")
+    with Consumer(lake, database.dsn, flush_interval="50ms") as consumer:
+        await_states(consumer, lake, "streaming", "a.t")
+        database.execute("INSERT INTO a.t VALUES (2)")
+        database.execute("ALTER SCHEMA a RENAME TO b; INSERT INTO b.t VALUES (3)")
+        await_states(consumer, lake, "streaming", "b.t")
+        database.execute("INSERT INTO b.t VALUES (4)")
+        settle(consumer, database, lake)
+        equal(database, lake, {"b.t": ["id"]})
+        assert len(changes(lake)) == 1
+        assert consumer.stop() == 0
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        "ALTER TABLE g ALTER v DROP EXPRESSION; INSERT INTO g VALUES (3, 3, 99)",
+        "ALTER TABLE g ADD c text, DROP v, DROP a, DROP id, DROP o; INSERT INTO g VALUES ('c')",
+        "ALTER TABLE g ALTER o TYPE regclass; INSERT INTO g (id, o) VALUES (3, 'pg_type')",
+    ],
+)
+def test_columns_that_only_a_copy_brings(database: Database, lake: Lake, statements: str) -> None:
+    """H5, B9: values that were never published, no column left of what was there, and a text that prints otherwise."""
+    database.execute(
+        "CREATE TABLE g (id int, a int, v int GENERATED ALWAYS AS (a * 2) STORED, o oid DEFAULT 1259);"
+        "ALTER TABLE g REPLICA IDENTITY FULL; INSERT INTO g VALUES (1, 1), (2, 2)"
+    )
+    copied(database, lake, statements, {"public.g": []})
