@@ -173,7 +173,7 @@ class Pipeline:
         copies = Copies(self._settings, self._publications, self._sink, self._observer, self._waiting_for_slot)
         self._copies = copies
         settings = self._settings
-        watcher = Watcher(settings.dsn, self._publications, settings.tables, settings.exclude)
+        watcher = Watcher(settings.dsn, self._publications, settings.tables, settings.exclude, settings.poll_interval)
         try:
             self._connect()
             self._observer.event(

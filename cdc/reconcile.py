@@ -82,7 +82,7 @@ def theirs(known: Iterable[Table], name: str) -> bool:
 
 
 def refuse_less(known: Iterable[Table], published: Sequence[PublishedTable]) -> None:
-    """Refuse a publication that publishes less kinds of changes than it did when its tables were copied.
+    """Refuse a publication, not one of ours, that publishes less kinds of changes than when its tables were copied.
 
     Raises:
         StateError: one does.
@@ -92,6 +92,8 @@ def refuse_less(known: Iterable[Table], published: Sequence[PublishedTable]) -> 
         if table.state in ("dropped", "error"):
             continue
         for entry in _Label.parse(table.publication).entries:
+            if entry.ours:  # it is put right by the next poll, which says so where it cannot
+                continue
             lost = [
                 word
                 for letter, word in _WORDS.items()

@@ -131,6 +131,10 @@ class Settings(BaseSettings):
     flush_interval: Annotated[Duration, Field(gt=0, le=3600, description="longest time that a batch is collected")] = (
         1.0
     )
+    poll_interval: Annotated[
+        Duration,
+        Field(gt=0, le=3600, description="how often new tables, and DDL that no change has followed, are seen"),
+    ] = 5.0
     flush_rows: int = Field(100_000, ge=1, le=10_000_000, description="largest number of changes in a batch")
     flush_bytes: Annotated[Size, Field(ge=1, le=10**9, description="largest size of a batch")] = 64_000_000
     memory: Annotated[Size, Field(ge=64_000_000, description="DuckDB's memory limit")] = 512_000_000

@@ -88,6 +88,10 @@ class Database:
             connection.close()
 
 
+POLL_INTERVAL = "500ms"
+"""Of the tests' consumers: most that is waited for comes with a look at the catalog."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Lake:
     """Where a consumer of one test writes.
@@ -108,7 +112,7 @@ class Lake:
         `values` are further CDC_ settings by their names in small letters without the prefix: `slot="a"`.
         """
         own = {name: value for name, value in os.environ.items() if not name.startswith(("CDC_", "PG", "POSTGRES_"))}
-        given = {f"CDC_{name.upper()}": value for name, value in values.items()}
+        given = {f"CDC_{name.upper()}": value for name, value in ({"poll_interval": POLL_INTERVAL} | values).items()}
         return own | {"CDC_DSN": dsn, "CDC_WAREHOUSE": str(self.warehouse), "CDC_HISTORY": str(self.history)} | given
 
 

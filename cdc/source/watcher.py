@@ -18,34 +18,35 @@ from cdc.source import publication
 from cdc.source.connection import connect
 from cdc.source.look import Look, look
 
-__all__ = ["POLL_S", "Watcher"]
-
-POLL_S = 5.0
-"""A table that was created appears within one poll."""
+__all__ = ["Watcher"]
 
 
 class Watcher:
     """Polls from `start` to `stop`."""
 
-    def __init__(self, dsn: str, publications: Sequence[str], patterns: Sequence[str], exclude: Sequence[str]) -> None:
+    def __init__(
+        self, dsn: str, publications: Sequence[str], patterns: Sequence[str], exclude: Sequence[str], interval_s: float
+    ) -> None:
         """Create one that does not poll yet.
 
         Args:
             publications: those that the stream is subscribed to; the first is CDC_PUBLICATION.
             patterns: CDC_TABLES.
             exclude: CDC_EXCLUDE.
+            interval_s: CDC_POLL_INTERVAL.
         """
         self._dsn = dsn
         self._publications = tuple(publications)
         self._patterns = tuple(patterns)
         self._exclude = tuple(exclude)
+        self._interval_s = interval_s
         self._stopping = threading.Event()
         self._latest: Look | StateError | None = None
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="cdc-watcher", daemon=True)
 
     def start(self) -> None:
-        """Begin to poll; the first answer comes after POLL_S."""
+        """Begin to poll; the first answer comes after an interval."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -67,7 +68,7 @@ class Watcher:
         return latest
 
     def _run(self) -> None:
-        while not self._stopping.wait(POLL_S):
+        while not self._stopping.wait(self._interval_s):
             found: Look | StateError
             try:
                 found = self._look()

@@ -15,7 +15,6 @@ import pytest
 
 from cdc.embedded import EmbeddedServer
 from cdc.installation import installations
-from cdc.source.watcher import POLL_S
 from tests.conftest import Database, Lake
 from tests.integration.gate import Gate
 from tests.integration.steps import agree, copies, log, operations, sync, table_state
@@ -169,7 +168,7 @@ def test_changes_before_a_table_goes_while_running(published: Database, lake: La
             assert reader.execute("FROM public.t").fetchall() == [(1, "a")]
             unfinished_business(published)
             published.execute("DROP TABLE t")
-            time.sleep(POLL_S + 1)  # nothing outside tells that a poll has been
+            time.sleep(2.0)  # nothing outside tells that a poll has been
             assert reader.execute("FROM public.t").fetchall() == [(1, "a")]
         until(lambda: states(lake)["public.t"] == "dropped", 20, consumer.output)
         assert consumer.stop() == 0
