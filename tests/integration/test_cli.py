@@ -218,7 +218,9 @@ def test_signal_when_idle(database: Database, lake: Lake, number: signal.Signals
     complete(database, lake)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda number: number.name
+)
 def test_signal_under_load(database: Database, lake: Lake, number: signal.Signals) -> None:
     """J21: in the midst of traffic that does not end."""
     rows(database, 1)

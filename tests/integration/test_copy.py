@@ -94,6 +94,7 @@ def impatient(server: EmbeddedServer) -> Iterator[str]:
 
 
 @pg18
+@pytest.mark.slow
 def test_long_parallel_copy_is_of_one_moment(impatient: str, database: Database, lake: Lake) -> None:
     """K11, K5: several sessions read one snapshot, though one comes late, and all take longer than any time-out.
 

@@ -148,6 +148,7 @@ def test_added_under_synchronous_replication(database: Database, lake: Lake, see
 
 
 @pg18
+@pytest.mark.slow
 def test_added_with_asynchronous_commits(database: Database, lake: Lake, seed: int) -> None:
     """G5, K10: commits can be seen before they are in the stream."""
     added_under_load(database, lake, seed, options="-c synchronous_commit=off")

@@ -71,7 +71,7 @@ def test_an_end_in_the_middle(tmp_path: Path, number: signal.Signals) -> None:
     while "changes/s" not in "".join(lines):
         lines.append(demo.stdout.readline())
         assert lines[-1], "it has ended too early"
-    lake = (tmp_path / "lake" / "demo").relative_to(tmp_path)
+    lake = tmp_path / "lake" / "demo"
     assert consumers(lake)
     demo.send_signal(number)
     _, errors = demo.communicate(timeout=40)

@@ -16,7 +16,7 @@ import pytest
 from cdc.embedded import EmbeddedServer
 from cdc.errors import SourceError
 from cdc.installation import installations
-from tests.conftest import REQUIRED_MAJOR, Database, Lake, _drop
+from tests.conftest import POLL_INTERVAL, REQUIRED_MAJOR, Database, Lake, _drop
 
 OWNER = """
 import sys
@@ -176,6 +176,7 @@ def test_a_lake_names_paths_that_do_not_exist(lake: Lake, database: Database, mo
         "CDC_WAREHOUSE": str(lake.warehouse),
         "CDC_HISTORY": str(lake.history),
         "CDC_PUBLICATION": "p",
+        "CDC_POLL_INTERVAL": POLL_INTERVAL,
     }
     assert not lake.warehouse.exists()
     assert not lake.history.exists()

@@ -82,7 +82,7 @@ def some_more(count: Callable[[], int], rows: int = 30) -> None:
 
 
 @pg18
-@pytest.mark.parametrize("state", ["copying", "resyncing"])
+@pytest.mark.parametrize("state", ["copying", pytest.param("resyncing", marks=pytest.mark.slow)])
 def test_resync_of_a_table_whose_copy_is_half_read(database: Database, lake: Lake, state: str) -> None:
     """C10, K1: the copy that was under way has its L; what is inserted once the mark is taken must not be missing."""
     if state == "copying":

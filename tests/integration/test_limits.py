@@ -23,6 +23,7 @@ pg18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 
 
 @pg18
+@pytest.mark.slow
 def test_unchanged_values_beyond_the_memory(database: Database, lake: Lake) -> None:
     """D1, C17: one flag of each row, and 600 MB of text beside it that has to be looked up, with 300 MB for DuckDB."""
     rows, size = 6000, 100_000

@@ -505,6 +505,7 @@ def test_many_small_transactions(database: Database, lake: Lake) -> None:
 
 
 @only_18
+@pytest.mark.slow
 def test_one_transaction_over_many_tables(database: Database, lake: Lake) -> None:
     """C17: one transaction that writes to 50 tables, of which some are new to the stream and some are emptied."""
     names = [f"t{i}" for i in range(50)]

@@ -376,10 +376,17 @@ def write(database: Database) -> None:
 @pytest.mark.parametrize(
     "what",
     [
-        *("options", "leaf by leaf", "a row filter", "put back"),
+        *("options", "a row filter"),
         *(
             pytest.param(each, marks=pytest.mark.slow)
-            for each in ("the second's options", "a column list", "a table out", "one table alone")
+            for each in (
+                "leaf by leaf",
+                "put back",
+                "the second's options",
+                "a column list",
+                "a table out",
+                "one table alone",
+            )
         ),
     ],
 )
@@ -414,7 +421,7 @@ def test_ours_altered_while_it_is_down(database: Database, lake: Lake, what: str
 @pytest.mark.parametrize(
     ("alter", "concerned"),
     [
-        ("ALTER PUBLICATION cdc ADD TABLE leaf", set()),
+        pytest.param("ALTER PUBLICATION cdc ADD TABLE leaf", set(), marks=pytest.mark.slow),
         pytest.param("CREATE SCHEMA s; ALTER PUBLICATION cdc ADD TABLES IN SCHEMA s", set(), marks=pytest.mark.slow),
         ("ALTER PUBLICATION cdc ADD TABLES IN SCHEMA public", {*KEYS}),
         ("ALTER PUBLICATION cdc SET (publish_generated_columns = stored)", {*KEYS} - {"public.bare"}),
@@ -578,7 +585,7 @@ def test_less_is_published_while_it_is_down(database: Database, lake: Lake, mean
 MADE = {"cdc": "", "mine": "CREATE PUBLICATION mine FOR TABLE t WHERE (id < 1000)"}
 
 
-@pytest.mark.parametrize("traffic", [False, True])
+@pytest.mark.parametrize("traffic", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", list(MADE))
 def test_dropped_while_it_is_down(database: Database, lake: Lake, name: str, traffic: bool) -> None:
     """G7: ours is made again, another one has to be; then a new slot and copies make up for what the stream lacks."""

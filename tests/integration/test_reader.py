@@ -268,6 +268,7 @@ def test_a_socket_of_somebody_who_was_killed(held: Warehouse) -> None:
 
 
 @pg18
+@pytest.mark.slow
 def test_answers_under_backlog(database: Database, lake: Lake) -> None:
     """`query` and `status` while the consumer has thousands of batches before it, and holds the file."""
     rows = 4000
