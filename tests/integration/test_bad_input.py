@@ -761,6 +761,7 @@ def test_slot_that_is_gone(database: Database, lake: Lake) -> None:
 
 
 @pg18
+@pytest.mark.slow
 def test_slot_in_use(database: Database, lake: Lake) -> None:
     """J10: waited for as long as the server takes to notice that a consumer is gone, then refused, by its PID."""
     rows(database, 1)

@@ -135,6 +135,7 @@ def commit_before_it_is_visible(
     assert database.execute(row) == [(1,)]
 
 
+@pytest.mark.slow
 def test_added_under_load(database: Database, lake: Lake, seed: int) -> None:
     """G5, K10, C10: into a publication of ours, and into one that is not; with and without a key."""
     added_under_load(database, lake, seed)

@@ -58,6 +58,7 @@ def assert_copied_once_more(lake: Lake, table: str, before: int) -> None:
     assert sorted(copies) == [(before, "T"), (lsn, "T")]
 
 
+@pytest.mark.slow
 def test_resync_under_load(database: Database, lake: Lake) -> None:
     """C10, K1, G5: with the consumer running, then with it stopped; two tables of several, one without a key."""
     database.server.run("pgbench", "--initialize", "--quiet", "--scale=1", dbname=database.name)
