@@ -1,6 +1,6 @@
 """What a look at the catalog means for a table that has no change to tell it, once the stream has come to that look.
 
-Pure: it compares; the pipeline acts.
+Pure: it compares; tables.py acts.
 """
 
 from __future__ import annotations

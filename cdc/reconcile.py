@@ -1,6 +1,6 @@
 """What a poll of the publications means for the tables: which rows of ``_cdc.tables`` change.
 
-Pure: it compares; the pipeline writes.
+Pure: it compares; tables.py writes.
 """
 
 from __future__ import annotations

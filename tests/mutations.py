@@ -77,9 +77,9 @@ MUTATIONS = (
     ),
     Mutation(
         "does not look at a table without a change",
-        "pipeline.py",
-        "for oid in seen.definitions:\n                self._judge(oid, seen)",
-        "pass",
+        "tables.py",
+        "misled = [oid for oid in seen.definitions if self._judge(oid, seen)]",
+        "misled = []",
         (f"{DRIFT}::test_ddl_without_a_change",),
     ),
     Mutation(
@@ -115,7 +115,7 @@ MUTATIONS = (
         "pipeline.py",
         "                self._sink.apply(decoded)\n",
         "                self._sink.apply(decoded)\n"
-        "                if decoded.end_lsn and self._receiver: self._receiver.confirm(decoded.end_lsn)\n",
+        "                if decoded.end_lsn: self._subscription.confirm(decoded.end_lsn)\n",
         (f"{POINTS}::test_in_the_stream",),
     ),
     Mutation(
