@@ -29,7 +29,7 @@ from cdc.refusals import in_use, refuse, refuse_in_use, refuse_missing, refuse_s
 from cdc.settings import Settings
 from cdc.sink.checkpoint import Checkpoint, Table
 from cdc.sink.sink import Sink
-from cdc.source import catalog, preflight, publication, slot
+from cdc.source import catalog, preflight, publication, slot, upkeep
 from cdc.source.catalog import PublishedTable
 from cdc.source.connection import Connection, connect, connect_replication, translated
 from cdc.source.preflight import Expected
@@ -133,12 +133,12 @@ def check(settings: Settings, checkpoint: Checkpoint | None) -> None:
 
 def _publish(connection: Connection, settings: Settings, *, once: bool) -> tuple[str, ...]:
     try:
-        return publication.ensure(connection, settings.publication, settings.tables, settings.exclude)
+        return upkeep.ensure(connection, settings.publication, settings.tables, settings.exclude)
     except SourceError as error:
         # Somebody alters a new table: no reason to keep the others waiting, unless there is no publication yet.
         if error.sqlstate != "55P03" or once or publication.is_ours(connection, settings.publication) is None:
             raise
-    return publication.plan(connection, settings.publication, settings.tables, settings.exclude).names
+    return upkeep.plan(connection, settings.publication, settings.tables, settings.exclude).names
 
 
 def _compare(sink: Sink, published: Sequence[PublishedTable]) -> None:

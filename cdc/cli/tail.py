@@ -26,7 +26,7 @@ from cdc.pgoutput.masks import Masks, mask_rows
 from cdc.pgoutput.messages import WireBatch
 from cdc.settings import Settings
 from cdc.sink.schema import masks_of
-from cdc.source import catalog, publication, slot
+from cdc.source import catalog, publication, slot, upkeep
 from cdc.source.connection import Connection, connect
 from cdc.source.stream import Idle, Item, Limits, Receiver
 from cdc.tail import as_json, as_text, boundary, changes_of, wanted
@@ -109,7 +109,7 @@ def _lines(form: str, database: str, stack: contextlib.ExitStack) -> Lines:
 
 def _publications(connection: Connection, name: str, patterns: Sequence[str]) -> tuple[str, ...]:
     """Return the names of what is there to subscribe to; warn of patterns that it has nothing for."""
-    names = publication.plan(connection, name, ()).names
+    names = upkeep.plan(connection, name, ()).names
     missing = [each for each in names if publication.is_ours(connection, each) is None]
     if missing:
         raise SourceError(

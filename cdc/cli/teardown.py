@@ -7,7 +7,7 @@ import click
 from cdc.cli.options import with_settings
 from cdc.errors import StateError
 from cdc.settings import Settings
-from cdc.source import publication, slot
+from cdc.source import slot, upkeep
 from cdc.source.connection import connect
 
 __all__ = ["teardown"]
@@ -35,7 +35,7 @@ def teardown(settings: Settings) -> None:
         if found is not None:
             slot.drop(connection, settings.slot)
             click.echo(f"dropped replication slot {settings.slot}")
-        names = publication.drop(connection, settings.publication)
+        names = upkeep.drop(connection, settings.publication)
         for name in names:
             click.echo(f"dropped publication {name}")
         if found is None and not names:

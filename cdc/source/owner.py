@@ -12,7 +12,8 @@ from psycopg import sql
 from cdc.source import catalog
 from cdc.source.catalog import TableDefinition
 from cdc.source.connection import Connection, translated
-from cdc.source.publication import identifier, matches, plan, render
+from cdc.source.publication import matches
+from cdc.source.upkeep import identifier, plan, render
 
 __all__ = ["SERVICES", "setup_sql"]
 

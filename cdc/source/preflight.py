@@ -12,7 +12,7 @@ from typing import Any, Literal
 from psycopg import sql
 
 from cdc.errors import SourceError, StateError
-from cdc.source import catalog, exclusion, publication, slot
+from cdc.source import catalog, exclusion, publication, slot, upkeep
 from cdc.source.catalog import TableDefinition
 from cdc.source.connection import Connection, translated
 
@@ -223,7 +223,7 @@ def _publications(connection: Connection, expected: Expected) -> Iterator[Findin
         yield from _foreign(connection, expected.publication)
         return
     yield from _unmatched(connection, expected.patterns)
-    planned = publication.plan(connection, expected.publication, expected.patterns, expected.exclude)
+    planned = upkeep.plan(connection, expected.publication, expected.patterns, expected.exclude)
     creates = planned.statements if ours is None else ()
     if creates and not _row(connection, "SELECT has_database_privilege(current_database(), 'CREATE')")[0]:
         yield Finding("error", f"publication {expected.publication} is missing, and we may not create it", _SETUP)
@@ -251,7 +251,7 @@ def _publications(connection: Connection, expected: Expected) -> Iterator[Findin
             )
 
 
-def _altered(connection: Connection, planned: publication.Plan) -> Iterator[Finding]:
+def _altered(connection: Connection, planned: upkeep.Plan) -> Iterator[Finding]:
     """Look for options that somebody has given to publications of ours."""
     for each in planned.altered:
         (permitted,) = _row(
@@ -325,7 +325,7 @@ def _readables(connection: Connection, expected: Expected) -> list[_Readable]:
     published = catalog.published(connection, names)
     readables = [_Readable(table.oid, table.schema, table.name, table.columns) for table in published]
     if publication.is_ours(connection, expected.publication) is not False:
-        planned = publication.plan(connection, expected.publication, expected.patterns, expected.exclude)
+        planned = upkeep.plan(connection, expected.publication, expected.patterns, expected.exclude)
         for table in planned.added:
             columns = exclusion.listed(table, planned.excluded) or table.attributes
             readables.append(_Readable(table.oid, table.schema, table.name, tuple(a.name for a in columns)))
@@ -371,7 +371,7 @@ def _other_slots(connection: Connection, own: str) -> Iterator[Finding]:
             )
 
 
-def _script(connection: Connection, planned: publication.Plan) -> str:
+def _script(connection: Connection, planned: upkeep.Plan) -> str:
     return "; ".join(statement.as_string(connection) for statement in planned.statements)
 
 

@@ -1,12 +1,11 @@
-"""The publications that the consumer subscribes to: what is missing in them, the SQL for it, and their end.
+"""The publications that the consumer subscribes to: which there are, what they list, and what is refused of them.
 
 Two of them, both listing tables by name and never FOR ALL TABLES: `name` publishes everything, `name`_append inserts
 and truncates only. A table whose updates and deletes cannot be published (see `TableDefinition.identity_usable`)
 belongs into the second: in the first the application's own UPDATE and DELETE would fail.
 
-A publication is ours if its comment says so (`MARK`). One that is not is used as it is and never changed.
-
-Source: PostgreSQL manual, "CREATE PUBLICATION" and "ALTER PUBLICATION".
+A publication is ours if its comment says so (`MARK`). One that is not is used as it is and never changed; ours are kept
+as they should be by upkeep.py.
 """
 
 from __future__ import annotations
@@ -14,102 +13,54 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from typing import LiteralString
 
-from psycopg import sql
-
-from cdc.errors import ConnectionLost, SourceError, StateError
+from cdc.errors import StateError
 from cdc.source import catalog, exclusion
 from cdc.source.catalog import MARK, TableDefinition
 from cdc.source.connection import Connection, translated
-from cdc.source.exclusion import Excluded
 
 __all__ = [
-    "MARK",
-    "Plan",
+    "Member",
+    "Members",
+    "Publication",
     "append_name",
     "coming",
-    "drop",
     "dropped",
-    "ensure",
-    "identifier",
     "is_ours",
     "matches",
     "permitted",
-    "plan",
+    "read",
     "refuse_astray",
     "refuse_columns",
-    "render",
 ]
-
-LOCK_TIMEOUT_S = 5
-"""ALTER PUBLICATION waits so long for a table; the caller tries again."""
-
-_TRIES = 3
-_LOCKED = "55P03"
-_ALL = "insert, update, delete, truncate"
-_APPEND = "insert, truncate"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Member:
+class Member:
     """How a publication lists a table: attnums of the columns (None: all), and whether it has a row filter."""
 
     attnums: frozenset[int] | None
     filtered: bool = False
 
 
-_Members = Mapping[int, _Member]
+Members = Mapping[int, Member]
+"""The tables that a publication lists, by OID."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
-    """What `ensure` does, or would do.
-
-    Attributes:
-        names: of the publications to subscribe to.
-        added: tables that enter a publication.
-        gained: tables that move from the second publication to the first. Their updates and deletes were not in the
-            stream until then: they have to be copied again.
-        lost: tables that move from the first publication to the second, because their identity is not usable any more.
-        relisted: tables that are published with other columns from here on, or without the row filter that somebody
-            has put there.
-        altered: publications with other options than ours have: somebody has altered them.
-        excluded: the columns that are left out.
-        statements: SQL, to be run in one transaction; empty if nothing is missing.
-        creates: whether a publication is missing.
-    """
-
-    names: tuple[str, ...]
-    added: tuple[TableDefinition, ...] = ()
-    gained: tuple[TableDefinition, ...] = ()
-    lost: tuple[TableDefinition, ...] = ()
-    relisted: tuple[TableDefinition, ...] = ()
-    altered: tuple[str, ...] = ()
-    excluded: Excluded = dataclasses.field(default_factory=dict)
-    statements: tuple[sql.Composed, ...] = ()
-    creates: bool = False
-
-    @property
-    def changed(self) -> tuple[TableDefinition, ...]:
-        """Tables that enter a publication or move."""
-        return (*self.added, *self.gained, *self.lost, *self.relisted)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Publication:
+class Publication:
     """One that exists.
 
     Attributes:
+        ours: its comment says so.
         publish: its option of that name.
         via_root: its option publish_via_partition_root.
-        members: the tables that it lists, by OID.
     """
 
     ours: bool
     publish: str
     via_root: bool
-    members: _Members
+    members: Members
 
 
 def append_name(name: str) -> str:
@@ -123,84 +74,78 @@ def matches(table: TableDefinition, patterns: Sequence[str]) -> bool:
     return not patterns or any(pattern == name or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def plan(connection: Connection, name: str, patterns: Sequence[str], exclude: Sequence[str] = ()) -> Plan:
-    """Return what is missing for the tables that match `patterns`; change nothing.
-
-    Args:
-        exclude: CDC_EXCLUDE, see exclusion.py.
+def read(connection: Connection, names: Sequence[str]) -> dict[str, Publication]:
+    """Return those of the publications `names` that exist, by name.
 
     Raises:
-        SourceError: the second publication exists and is not ours, while the first is to be made by us.
         ConnectionLost, SourceError: the catalog cannot be read.
     """
-    patterns = [pattern.strip() for pattern in patterns if pattern.strip()]
-    existing = _read(connection, (name, append_name(name)))
-    first, second = existing.get(name), existing.get(append_name(name))
-    if first is not None and not first.ours:
-        return Plan((name, append_name(name)) if second else (name,))
-    if second is not None and not second.ours:
-        raise SourceError(
-            f"publication {append_name(name)} exists, and was not made by us",
-            f"drop or rename it, or choose another CDC_PUBLICATION than {name}",
-        )
-    listed = first.members if first else {}
-    listed_append = second.members if second else {}
-    tables = {table.oid: table for table in catalog.user_tables(connection) if matches(table, patterns)}
-    # What was listed once stays, whatever the patterns say now, in the publication that fits it.
-    tables |= catalog.definitions(connection, sorted((listed.keys() | listed_append.keys()) - tables.keys()))
-    creates = [*([] if first else _create(name, _ALL)), *([] if second else _create(append_name(name), _APPEND))]
-    lists = {oid: member.attnums for oid, member in (*listed_append.items(), *listed.items())}
-    excluded = exclusion.excluded(tables.values(), exclude, lists)
-    planned = _plan(name, creates, (listed, listed_append), list(tables.values()), excluded)
-    altered = [
-        (each, publish)
-        for each, publish in ((name, _ALL), (append_name(name), _APPEND))
-        if each in existing and (existing[each].publish, existing[each].via_root) != (publish, True)
-    ]
-    return dataclasses.replace(
-        planned,
-        altered=tuple(each for each, _ in altered),
-        statements=(*(_options("ALTER PUBLICATION {} SET ({})", *each) for each in altered), *planned.statements),
-    )
+    # 6104 is pg_publication itself.
+    with translated("read publications"):
+        rows = connection.execute(
+            """
+            SELECT p.pubname::text, coalesce(d.description = %s, false),
+                   concat_ws(', ', CASE WHEN p.pubinsert THEN 'insert' END, CASE WHEN p.pubupdate THEN 'update' END,
+                             CASE WHEN p.pubdelete THEN 'delete' END, CASE WHEN p.pubtruncate THEN 'truncate' END),
+                   p.pubviaroot,
+                   coalesce((SELECT json_agg(json_build_array(r.prrelid::int8, r.prattrs::int2[],
+                                                              r.prqual IS NOT NULL))
+                             FROM pg_publication_rel AS r WHERE r.prpubid = p.oid), '[]')
+            FROM pg_publication AS p
+            LEFT JOIN pg_description AS d ON d.objoid = p.oid AND d.classoid = 6104 AND d.objsubid = 0
+            WHERE p.pubname = ANY (%s)""",
+            [MARK, list(names)],
+        ).fetchall()
+    return {
+        name: Publication(ours, publish, via_root, dict(_member(*member) for member in members))
+        for name, ours, publish, via_root, members in rows
+    }
 
 
-def ensure(
-    connection: Connection, name: str, patterns: Sequence[str], exclude: Sequence[str] = (), *, create: bool = True
-) -> tuple[str, ...]:
-    """Make the publications publish every table that matches `patterns`; return the names to subscribe to.
+def _member(oid: int, attnums: Sequence[int] | None, filtered: bool) -> tuple[int, Member]:
+    return oid, Member(None if attnums is None else frozenset(attnums), filtered)
 
-    Creates them if they are missing, adds tables, moves a table whose identity has become usable or unusable from one
-    to the other, and takes back what somebody has altered: options, row filters, column lists; never drops a table
-    otherwise. It takes SHARE UPDATE EXCLUSIVE on the tables in question, which stops no reader and no writer. Doing it
-    again changes nothing.
 
-    Publications that are there already are changed table by table, where our rights allow it: what cannot be done for
-    one table, now or ever, is done for the others.
-
-    Args:
-        connection: in autocommit mode.
-        name: CDC_PUBLICATION.
-        patterns: CDC_TABLES; empty: every user table.
-        exclude: CDC_EXCLUDE.
-        create: what is missing may be created. A stream to which it belongs is of no use then.
+def is_ours(connection: Connection, name: str) -> bool | None:
+    """Whether the publication `name` is ours; None: there is none.
 
     Raises:
-        StateError: a publication is missing, and is not to be created; or somebody has altered its options, and our
-            rights do not allow it to take that back.
-        ConnectionLost: the connection broke, or the tables' definitions keep changing.
-        SourceError: our rights do not allow it to create them (SQLSTATE 42501), a table is locked (55P03), or see
-            `plan`.
+        ConnectionLost, SourceError: the catalog cannot be read.
     """
-    for _ in range(_TRIES):
-        planned = plan(connection, name, patterns, exclude)
-        if not planned.statements:
-            return planned.names
-        if planned.creates and not create:
-            raise dropped(name)
-        change = _apply if planned.creates else _change
-        if change(connection, name, planned):
-            return planned.names
-    raise ConnectionLost(f"publication {name}: the tables' definitions change all the time", "try again in a moment")
+    found = read(connection, (name,)).get(name)
+    return None if found is None else found.ours
+
+
+def permitted(connection: Connection, name: str, tables: Sequence[TableDefinition]) -> list[TableDefinition]:
+    """Return those of `tables` that we may put into the publications: none if these are there and not owned by us.
+
+    Raises:
+        ConnectionLost, SourceError: the catalog cannot be read.
+    """
+    with translated("read the owners of publications"):
+        rows = connection.execute(
+            "SELECT bool_and(pg_has_role(pubowner, 'USAGE')) FROM pg_publication WHERE pubname = ANY (%s)",
+            [[name, append_name(name)]],
+        ).fetchall()
+    if rows == [(False,)]:
+        return []
+    owned = catalog.owned(connection, [table.oid for table in tables])
+    return [table for table in tables if table.oid in owned]
+
+
+def coming(connection: Connection, name: str, patterns: Sequence[str]) -> list[TableDefinition]:
+    """Return the tables that are published, or that upkeep.py would publish.
+
+    Raises:
+        ConnectionLost, SourceError: the catalog cannot be read.
+    """
+    names = (name, append_name(name))
+    if is_ours(connection, name) is False:
+        published = {table.oid for table in catalog.published(connection, names)}
+        return list(catalog.definitions(connection, sorted(published)).values())
+    members = {oid for each in read(connection, names).values() for oid in each.members}
+    tables = {table.oid: table for table in catalog.user_tables(connection) if matches(table, patterns)}
+    return list((tables | catalog.definitions(connection, sorted(members - tables.keys()))).values())
 
 
 def dropped(name: str) -> StateError:
@@ -232,21 +177,6 @@ def refuse_astray(connection: Connection, name: str) -> None:
             )
 
 
-def coming(connection: Connection, name: str, patterns: Sequence[str]) -> list[TableDefinition]:
-    """Return the tables that are published, or that `ensure` would publish.
-
-    Raises:
-        ConnectionLost, SourceError: the catalog cannot be read.
-    """
-    names = (name, append_name(name))
-    if is_ours(connection, name) is False:
-        published = {table.oid for table in catalog.published(connection, names)}
-        return list(catalog.definitions(connection, sorted(published)).values())
-    members = {oid for each in _read(connection, names).values() for oid in each.members}
-    tables = {table.oid: table for table in catalog.user_tables(connection) if matches(table, patterns)}
-    return list((tables | catalog.definitions(connection, sorted(members - tables.keys()))).values())
-
-
 def refuse_columns(
     connection: Connection,
     name: str,
@@ -269,220 +199,3 @@ def refuse_columns(
     else:
         exclusion.refuse(tables, exclude)
     exclusion.refuse_masks(tables, masked)
-
-
-def drop(connection: Connection, name: str) -> tuple[str, ...]:
-    """Drop those of the publications `name` and its second that are ours; return their names.
-
-    Raises:
-        ConnectionLost, SourceError: the server refused.
-    """
-    existing = _read(connection, (name, append_name(name)))
-    ours = tuple(publication for publication, found in existing.items() if found.ours)
-    statements = [sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(each)) for each in ours]
-    try:
-        with translated(f"drop publication {name}"):
-            for statement in statements:
-                connection.execute(statement)
-    except SourceError as error:
-        if error.sqlstate == "42501":
-            error.hint = f"as its owner: {' '.join(render(connection, statements))}"
-        raise
-    return ours
-
-
-def is_ours(connection: Connection, name: str) -> bool | None:
-    """Whether the publication `name` is ours; None: there is none.
-
-    Raises:
-        ConnectionLost, SourceError: the catalog cannot be read.
-    """
-    found = _read(connection, (name,)).get(name)
-    return None if found is None else found.ours
-
-
-def permitted(connection: Connection, name: str, tables: Sequence[TableDefinition]) -> list[TableDefinition]:
-    """Return those of `tables` that we may put into the publications: none if these are there and not owned by us.
-
-    Raises:
-        ConnectionLost, SourceError: the catalog cannot be read.
-    """
-    with translated("read the owners of publications"):
-        rows = connection.execute(
-            "SELECT bool_and(pg_has_role(pubowner, 'USAGE')) FROM pg_publication WHERE pubname = ANY (%s)",
-            [[name, append_name(name)]],
-        ).fetchall()
-    if rows == [(False,)]:
-        return []
-    owned = catalog.owned(connection, [table.oid for table in tables])
-    return [table for table in tables if table.oid in owned]
-
-
-def _plan(
-    name: str,
-    creates: list[sql.Composed],
-    listed: tuple[_Members, _Members],
-    tables: list[TableDefinition],
-    excluded: Excluded,
-) -> Plan:
-    """Plan for `tables`; `listed`: what the first and the second publication hold now."""
-    usable = [table for table in tables if exclusion.fits(table, excluded)]
-    unusable = [table for table in tables if not exclusion.fits(table, excluded)]
-    first, second = listed
-    lost = [table for table in unusable if table.oid in first]
-    gained = [table for table in usable if table.oid in second]
-    relisted = [
-        [t for t in fitting if t.oid in members and members[t.oid] != _Member(_attnums(t, excluded))]
-        for fitting, members in ((usable, first), (unusable, second))
-    ]
-    statements = [
-        *creates,
-        *_alter(name, "DROP", [*lost, *relisted[0]]),
-        *_alter(append_name(name), "DROP", [*gained, *relisted[1]]),
-        *_alter(append_name(name), "ADD", [t for t in unusable if t.oid not in second] + relisted[1], excluded),
-        *_alter(name, "ADD", [t for t in usable if t.oid not in first] + relisted[0], excluded),
-    ]
-    return Plan(
-        names=(name, append_name(name)),
-        added=tuple(table for table in tables if table.oid not in first.keys() | second.keys()),
-        gained=tuple(gained),
-        lost=tuple(lost),
-        relisted=tuple(relisted[0] + relisted[1]),
-        excluded=excluded,
-        statements=tuple(statements),
-        creates=bool(creates),
-    )
-
-
-def _attnums(table: TableDefinition, excluded: Excluded) -> frozenset[int] | None:
-    columns = exclusion.listed(table, excluded)
-    return None if columns is None else frozenset(column.attnum for column in columns)
-
-
-def _change(connection: Connection, name: str, planned: Plan) -> bool:
-    """Run the plan table by table, as far as our rights allow; whether each was done, or is not ours to do.
-
-    Raises:
-        SourceError: a table was locked for too long; the others have been seen to.
-    """
-    existing = _read(connection, planned.names)
-    if planned.altered:
-        _put_right(connection, name, planned)
-    first, second = (existing[each].members if each in existing else {} for each in planned.names)
-    done, locked = True, None
-    for table in permitted(connection, name, planned.changed):
-        try:
-            done &= _apply(connection, name, _plan(name, [], (first, second), [table], planned.excluded))
-        except SourceError as error:
-            if error.sqlstate != _LOCKED:
-                raise
-            locked = locked or error
-    if locked is not None:
-        raise locked
-    return done
-
-
-def _put_right(connection: Connection, name: str, planned: Plan) -> None:
-    """Take back what somebody has altered in the publications' options.
-
-    Raises:
-        StateError: our rights do not allow it.
-    """
-    statements = planned.statements[: len(planned.altered)]
-    try:
-        with translated(f"publication {name}"), connection.transaction():
-            connection.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'".encode())
-            for statement in statements:
-                connection.execute(statement)
-    except SourceError as error:
-        if error.sqlstate != "42501":
-            raise
-        raise StateError(
-            f"publication {planned.altered[0]} was altered: it does not publish all that belongs into the stream",
-            f"as its owner: {' '.join(render(connection, statements))} Then `cdc run` copies its tables anew",
-        ) from None
-
-
-def _apply(connection: Connection, name: str, planned: Plan) -> bool:
-    """Run the plan; whether the tables, now that they are locked, still are what it was made for."""
-    with translated(f"publication {name}"), connection.transaction() as transaction:
-        connection.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'".encode())
-        for statement in planned.statements:
-            connection.execute(statement)
-        now = catalog.definitions(connection, [table.oid for table in planned.changed])
-        out = planned.excluded
-        same = all(t.oid in now and _standing(now[t.oid], out) == _standing(t, out) for t in planned.changed)
-        if not same:
-            transaction.force_rollback = True
-    return same
-
-
-def _create(name: str, publish: str) -> list[sql.Composed]:
-    mark = sql.SQL("COMMENT ON PUBLICATION {} IS {}").format(sql.Identifier(name), sql.Literal(MARK))
-    return [_options("CREATE PUBLICATION {} WITH ({})", name, publish), mark]
-
-
-def _options(statement: LiteralString, name: str, publish: str) -> sql.Composed:
-    options = sql.SQL("publish = {}, publish_via_partition_root = true").format(sql.Literal(publish))
-    return sql.SQL(statement).format(sql.Identifier(name), options)
-
-
-def _standing(table: TableDefinition, excluded: Excluded) -> tuple[bool, frozenset[int] | None]:
-    """Return what decides where and how `table` is published."""
-    return exclusion.fits(table, excluded), _attnums(table, excluded)
-
-
-def _alter(
-    name: str, action: str, tables: Iterable[TableDefinition], excluded: Excluded | None = None
-) -> list[sql.Composed]:
-    entries = [_entry(table, excluded or {}) for table in tables]
-    if not entries:
-        return []
-    change = sql.SQL(f"ALTER PUBLICATION {{}} {action} TABLE {{}}")
-    return [change.format(sql.Identifier(name), sql.SQL(", ").join(entries))]
-
-
-def _entry(table: TableDefinition, excluded: Excluded) -> sql.Composed:
-    # ONLY: the children of a table (by inheritance) are tables of their own, which may not match.
-    only = sql.SQL("ONLY {}").format(identifier(table))
-    columns = exclusion.listed(table, excluded)
-    if columns is None:
-        return only
-    return sql.SQL("{} ({})").format(only, sql.SQL(", ").join(sql.Identifier(column.name) for column in columns))
-
-
-def identifier(table: TableDefinition) -> sql.Identifier:
-    """Return a table's name, quoted."""
-    return sql.Identifier(table.schema, table.name)
-
-
-def _read(connection: Connection, names: Sequence[str]) -> dict[str, _Publication]:
-    # 6104 is pg_publication itself.
-    with translated("read publications"):
-        rows = connection.execute(
-            """
-            SELECT p.pubname::text, coalesce(d.description = %s, false),
-                   concat_ws(', ', CASE WHEN p.pubinsert THEN 'insert' END, CASE WHEN p.pubupdate THEN 'update' END,
-                             CASE WHEN p.pubdelete THEN 'delete' END, CASE WHEN p.pubtruncate THEN 'truncate' END),
-                   p.pubviaroot,
-                   coalesce((SELECT json_agg(json_build_array(r.prrelid::int8, r.prattrs::int2[],
-                                                              r.prqual IS NOT NULL))
-                             FROM pg_publication_rel AS r WHERE r.prpubid = p.oid), '[]')
-            FROM pg_publication AS p
-            LEFT JOIN pg_description AS d ON d.objoid = p.oid AND d.classoid = 6104 AND d.objsubid = 0
-            WHERE p.pubname = ANY (%s)""",
-            [MARK, list(names)],
-        ).fetchall()
-    return {
-        name: _Publication(ours, publish, via_root, dict(_member(*member) for member in members))
-        for name, ours, publish, via_root, members in rows
-    }
-
-
-def _member(oid: int, attnums: Sequence[int] | None, filtered: bool) -> tuple[int, _Member]:
-    return oid, _Member(None if attnums is None else frozenset(attnums), filtered)
-
-
-def render(connection: Connection, statements: Iterable[sql.Composed]) -> list[str]:
-    """Return statements as text, each with its semicolon."""
-    return [statement.as_string(connection) + ";" for statement in statements]

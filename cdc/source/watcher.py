@@ -14,7 +14,7 @@ import threading
 from collections.abc import Sequence
 
 from cdc.errors import CdcError, SourceError, StateError
-from cdc.source import publication
+from cdc.source import publication, upkeep
 from cdc.source.connection import connect
 from cdc.source.look import Look, look
 
@@ -84,7 +84,7 @@ class Watcher:
         with connect(self._dsn) as connection:
             # What cannot be added for a lock that an ALTER holds, say, the next poll tries again.
             with contextlib.suppress(SourceError):
-                publication.ensure(connection, self._publications[0], self._patterns, self._exclude, create=False)
+                upkeep.ensure(connection, self._publications[0], self._patterns, self._exclude, create=False)
             for name in self._publications:
                 if publication.is_ours(connection, name) is None:
                     raise publication.dropped(name)

@@ -12,7 +12,7 @@ from psycopg.conninfo import make_conninfo
 from cdc.embedded import EmbeddedServer
 from cdc.errors import SourceError
 from cdc.installation import installations
-from cdc.source import preflight, publication
+from cdc.source import preflight, upkeep
 from cdc.source.connection import Connection, connect
 from cdc.source.preflight import Expected, Finding
 from tests.conftest import REQUIRED_MAJOR, Database
@@ -40,7 +40,7 @@ def test_nothing_to_find(database: Database) -> None:
     assert check(database) == []
     with connect(database.dsn) as connection:
         preflight.require(connection, EXPECTED)
-        publication.ensure(connection, "cdc", ())
+        upkeep.ensure(connection, "cdc", ())
         preflight.require(connection, EXPECTED)
     assert check(database) == []
 
@@ -59,7 +59,7 @@ def test_rights(database: Database, role: str) -> None:
     (missing,) = [f for f in check(database, user=role) if f.level == "error" and "publication" in f.message]
     assert "setup" in missing.hint
     with connect(database.dsn) as connection:
-        publication.ensure(connection, "cdc", ())
+        upkeep.ensure(connection, "cdc", ())
     errors = check(database, user=role)
     assert {(f.message, f.hint) for f in errors} == {
         ("no right to use schema s", f'GRANT USAGE ON SCHEMA "s" TO "{role}"'),
@@ -99,7 +99,7 @@ def test_role_without_replication(database: Database) -> None:
 def test_tables_that_are_not_ours_to_publish(database: Database, role: str) -> None:
     database.execute("CREATE TABLE t (id int PRIMARY KEY)")
     with connect(database.dsn) as connection:
-        publication.ensure(connection, "cdc", ())
+        upkeep.ensure(connection, "cdc", ())
     database.execute(f"CREATE TABLE later (id int PRIMARY KEY); GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
     (finding,) = check(database, user=role)
     assert (finding.level, finding.message) == ("warning", "table public.later is not ours to publish")

@@ -10,7 +10,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from cdc.errors import SourceError
-from cdc.source import catalog, owner, publication
+from cdc.source import catalog, owner, publication, upkeep
 from cdc.source.connection import connect
 from tests.conftest import Database
 
@@ -35,7 +35,7 @@ def members(database: Database, name: str = "cdc") -> tuple[list[str], list[str]
 
 def ensure(database: Database, *patterns: str, name: str = "cdc") -> tuple[str, ...]:
     with connect(database.dsn) as connection:
-        return publication.ensure(connection, name, patterns)
+        return upkeep.ensure(connection, name, patterns)
 
 
 def test_every_table_is_published_where_it_does_no_harm(database: Database) -> None:
@@ -54,7 +54,7 @@ def test_every_table_is_published_where_it_does_no_harm(database: Database) -> N
     ]
     with connect(database.dsn) as connection:
         assert publication.is_ours(connection, "cdc") is True
-        assert publication.plan(connection, "cdc", ()).statements == ()
+        assert upkeep.plan(connection, "cdc", ()).statements == ()
     assert ensure(database) == NAMES
 
 
@@ -84,14 +84,14 @@ def test_a_table_moves_with_its_identity(database: Database) -> None:
     with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
         database.execute("UPDATE keyed SET v = 2")
     with connect(database.dsn) as connection:
-        assert [table.name for table in publication.plan(connection, "cdc", ()).lost] == ["keyed"]
+        assert [table.name for table in upkeep.plan(connection, "cdc", ()).lost] == ["keyed"]
     # Also when no pattern means it any more.
     ensure(database, "public.nothing")
     assert members(database) == (["T.y", "child", "parent", "root"], ["keyed", "keyless"])
     database.execute("UPDATE keyed SET v = 2")
     database.execute("ALTER TABLE keyed ADD PRIMARY KEY (id); ALTER TABLE keyless REPLICA IDENTITY FULL")
     with connect(database.dsn) as connection:
-        gained = publication.plan(connection, "cdc", ()).gained
+        gained = upkeep.plan(connection, "cdc", ()).gained
     assert [table.name for table in gained] == ["keyed", "keyless"]
     ensure(database)
     assert members(database) == (["T.y", "child", "keyed", "keyless", "parent", "root"], [])
@@ -107,7 +107,7 @@ def test_a_publication_of_somebody_else_is_left_alone(database: Database) -> Non
     assert ensure(database) == NAMES
     with connect(database.dsn) as connection:
         assert publication.is_ours(connection, "cdc") is False
-        assert publication.drop(connection, "cdc") == ()
+        assert upkeep.drop(connection, "cdc") == ()
     assert members(database) == (["keyed"], ["keyless"])
 
 
@@ -122,14 +122,14 @@ def test_drop(database: Database) -> None:
     database.execute(TABLES)
     ensure(database, name='a "b"')
     with connect(database.dsn) as connection:
-        assert sorted(publication.drop(connection, 'a "b"')) == ['a "b"', 'a "b"_append']
-        assert publication.drop(connection, 'a "b"') == ()
+        assert sorted(upkeep.drop(connection, 'a "b"')) == ['a "b"', 'a "b"_append']
+        assert upkeep.drop(connection, 'a "b"') == ()
         assert publication.is_ours(connection, 'a "b"') is None
     assert database.execute("SELECT count(*) FROM pg_publication") == [(0,)]
 
 
 def test_a_locked_table_is_waited_for_a_while(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publication, "LOCK_TIMEOUT_S", 1)
+    monkeypatch.setattr(upkeep, "LOCK_TIMEOUT_S", 1)
     database.execute(TABLES)
     other = database.connect(autocommit=False)
     other.execute("LOCK TABLE keyed IN ACCESS EXCLUSIVE MODE")
@@ -174,7 +174,7 @@ def test_without_rights_and_with_the_sql_of_setup(database: Database) -> None:
     try:
         with connect(dsn) as connection:
             with pytest.raises(SourceError) as caught:
-                publication.ensure(connection, "cdc", ())
+                upkeep.ensure(connection, "cdc", ())
             assert caught.value.sqlstate == "42501"
             assert "setup" in caught.value.hint
         with connect(database.dsn) as connection:
@@ -183,7 +183,7 @@ def test_without_rights_and_with_the_sql_of_setup(database: Database) -> None:
         lines = [line for line in script.splitlines() if not line.startswith(("--", "ALTER SYSTEM"))]
         database.execute("\n".join(lines))
         with connect(dsn) as connection:
-            assert publication.ensure(connection, "cdc", ()) == NAMES
+            assert upkeep.ensure(connection, "cdc", ()) == NAMES
             connection.execute("SELECT FROM public.keyed")
             connection.execute('SELECT FROM "S x"."T.y"')
     finally:
