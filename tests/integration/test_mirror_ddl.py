@@ -1,4 +1,4 @@
-"""Tables that change while they are mirrored, names of every shape, partitions, and tables that cannot be mirrored."""
+"""Tables that change while they are mirrored, names of every shape, and tables that cannot be mirrored."""
 
 from __future__ import annotations
 
@@ -401,45 +401,6 @@ def test_one_name_in_two_schemas(database: Database, lake: Lake) -> None:
     sync(database, lake)
     agree(database, lake, {"a.t": ["id"], "b.t": ["id"]})
     assert (operations(lake, "a.t"), operations(lake, "b.t")) == ("UTI", "I")
-
-
-def test_partitions_are_one_table(database: Database, lake: Lake) -> None:
-    """E6, F2, F4, B6: the root alone is mirrored, over moves between leaves, other column orders, and new leaves."""
-    database.execute(
-        """
-        CREATE TABLE root (id int, at date, v text, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
-        CREATE TABLE leaf_23 PARTITION OF root FOR VALUES FROM ('2023-01-01') TO ('2024-01-01');
-        CREATE TABLE leaf_24 (gone int, v text, at date NOT NULL, id int NOT NULL);
-        ALTER TABLE leaf_24 DROP COLUMN gone;
-        ALTER TABLE root ATTACH PARTITION leaf_24 FOR VALUES FROM ('2024-01-01') TO ('2025-01-01');
-        CREATE TABLE leaf_25 PARTITION OF root FOR VALUES FROM ('2025-01-01') TO ('2026-01-01') PARTITION BY HASH (id);
-        CREATE TABLE leaf_25_0 PARTITION OF leaf_25 FOR VALUES WITH (MODULUS 2, REMAINDER 0);
-        CREATE TABLE leaf_25_1 PARTITION OF leaf_25 FOR VALUES WITH (MODULUS 2, REMAINDER 1);
-        INSERT INTO root SELECT i, '2023-06-01'::date + i, 'v' || i FROM generate_series(1, 900) i
-        """
-    )
-    sync(database, lake)
-    assert states(lake) == {"public.root": "streaming"}
-    agree(database, lake, {"public.root": ["id", "at"]})
-    transactions(
-        database,
-        "INSERT INTO root VALUES (1001, '2023-01-01', 'a'), (1002, '2024-01-01', 'b'), (1003, '2025-01-01', 'c')",
-        "UPDATE root SET at = '2024-12-31' WHERE id = 1001",
-        "UPDATE root SET v = 'changed' WHERE id % 100 = 0",
-        "DELETE FROM root WHERE id % 101 = 0",
-        "UPDATE root SET at = '2023-12-31', v = 'there and back' WHERE id = 1003; "
-        "UPDATE root SET at = '2025-02-01' WHERE id = 1003",
-        "INSERT INTO leaf_24 (id, at, v) VALUES (1004, '2024-03-01', 'by the leaf')",
-        "CREATE TABLE leaf_26 PARTITION OF root FOR VALUES FROM ('2026-01-01') TO ('2027-01-01')",
-        "INSERT INTO root VALUES (1005, '2026-01-01', 'new leaf')",
-    )
-    sync(database, lake)
-    agree(database, lake, {"public.root": ["id", "at"]})
-    assert operations(lake, "public.root", "id = 1001") == "IDI"
-    transactions(database, "TRUNCATE root", "INSERT INTO root VALUES (1, '2024-01-01', 'after')")
-    sync(database, lake)
-    agree(database, lake, {"public.root": ["id", "at"]})
-    assert states(lake) == {"public.root": "streaming"}
 
 
 @only_18

@@ -32,6 +32,14 @@ MINE = {
     "everything": "FOR ALL TABLES",
     "its leaves": "FOR TABLE leaf_23, leaf_24, mid_25",
 }
+VIA_ROOT = "WITH (publish_via_partition_root = true)"
+
+
+def mirror_mine(database: Database, lake: Lake, listed: str) -> None:
+    """Make the tables, and mirror what somebody else publishes of them."""
+    database.execute(ROOT)
+    database.execute(f"CREATE PUBLICATION mine {listed}")
+    sync(database, lake, publication="mine")
 
 
 def changes(database: Database) -> None:
@@ -50,14 +58,33 @@ def changes(database: Database) -> None:
     )
 
 
+def test_partitions_are_one_table(database: Database, lake: Lake) -> None:
+    """E6, F2, F4, B6: the root alone is mirrored, over moves between leaves, other column orders, and new leaves."""
+    database.execute(ROOT)
+    sync(database, lake)
+    assert states(lake) == {"public.root": "streaming"}
+    agree(database, lake, {"public.root": KEY})
+    changes(database)
+    transactions(
+        database,
+        "CREATE TABLE leaf_26 PARTITION OF root FOR VALUES FROM ('2026-01-01') TO ('2027-01-01')",
+        "INSERT INTO root VALUES (1005, '2026-01-01', 'new leaf')",
+    )
+    sync(database, lake)
+    agree(database, lake, {"public.root": KEY})
+    assert operations(lake, "public.root", "id = 1001") == "IDI"
+    transactions(database, "TRUNCATE root", "INSERT INTO root VALUES (1, '2024-01-01', 'after')")
+    sync(database, lake)
+    agree(database, lake, {"public.root": KEY})
+    assert states(lake) == {"public.root": "streaming"}
+
+
 @pytest.mark.parametrize(
     "listed", ["a table", *(pytest.param(each, marks=pytest.mark.slow) for each in list(MINE)[1:])]
 )
 def test_leaf_by_leaf(database: Database, lake: Lake, listed: str) -> None:
     """F1, F3, E6, G4: leaf tables; a row that moves is a D in one and an I in another, in one transaction."""
-    database.execute(ROOT)
-    database.execute(f"CREATE PUBLICATION mine {MINE[listed]}")
-    sync(database, lake, publication="mine")
+    mirror_mine(database, lake, MINE[listed])
     assert states(lake) == dict.fromkeys(LEAVES, "streaming")
     agree(database, lake, LEAVES)
     first = copies(lake)
@@ -89,9 +116,7 @@ def test_leaf_by_leaf(database: Database, lake: Lake, listed: str) -> None:
 )
 def test_by_way_of_the_root(database: Database, lake: Lake, listed: str) -> None:
     """F2, F3, E6: of somebody else's publication too, the root is one table, and its leaves are none."""
-    database.execute(ROOT)
-    database.execute(f"CREATE PUBLICATION mine {MINE[listed]} WITH (publish_via_partition_root = true)")
-    sync(database, lake, publication="mine")
+    mirror_mine(database, lake, f"{MINE[listed]} {VIA_ROOT}")
     changes(database)
     sync(database, lake, publication="mine")
     assert states(lake) == {"public.root": "streaming"}
@@ -105,11 +130,7 @@ def test_by_way_of_the_root(database: Database, lake: Lake, listed: str) -> None
 
 def test_a_part_of_the_tree_by_way_of_its_own_root(database: Database, lake: Lake) -> None:
     """F5, F7: nested partitions of which a part is published, by way of what is listed and no higher."""
-    database.execute(ROOT)
-    database.execute(
-        "CREATE PUBLICATION mine FOR TABLE mid_25, leaf_23, leaf_25_1 WITH (publish_via_partition_root = true)"
-    )
-    sync(database, lake, publication="mine")
+    mirror_mine(database, lake, f"FOR TABLE mid_25, leaf_23, leaf_25_1 {VIA_ROOT}")
     tables = {"public.mid_25": KEY, "public.leaf_23": KEY}
     assert states(lake) == dict.fromkeys(tables, "streaming")
     changes(database)
@@ -120,9 +141,7 @@ def test_a_part_of_the_tree_by_way_of_its_own_root(database: Database, lake: Lak
 
 def test_one_leaf_alone_is_published(database: Database, lake: Lake) -> None:
     """F7: a row that moves out of it is a D, one that moves in an I; the leaf beside it is not there at all."""
-    database.execute(ROOT)
-    database.execute("CREATE PUBLICATION mine FOR TABLE leaf_24")
-    sync(database, lake, publication="mine")
+    mirror_mine(database, lake, "FOR TABLE leaf_24")
     transactions(
         database,
         "UPDATE root SET at = '2023-02-02' WHERE id = 300",
@@ -371,9 +390,7 @@ def test_inheritance(database: Database, lake: Lake, publication: str, names: li
 @only_18
 def test_leaves_after_the_root_and_the_root_again(database: Database, lake: Lake) -> None:
     """F5, G7: somebody else's publication changes its mind: what is published now is right, what is not stays."""
-    database.execute(ROOT)
-    database.execute("CREATE PUBLICATION mine FOR TABLE root WITH (publish_via_partition_root = true)")
-    sync(database, lake, publication="mine")
+    mirror_mine(database, lake, f"FOR TABLE root {VIA_ROOT}")
     transactions(
         database,
         "DELETE FROM root WHERE id = 1",

@@ -29,16 +29,22 @@ ENDLESS = "SELECT sum(a.i * b.i) FROM range(1000000000) AS a(i), range(100000000
 pg18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 
 
+def answering(folder: Path) -> tuple[Warehouse, Answers]:
+    """Return a warehouse that is held, and who answers questions to it."""
+    warehouse = Warehouse(folder / "w.duckdb", 200_000_000, 2)
+    warehouse.acquire()
+    answers = Answers(warehouse)
+    answers.start()
+    return warehouse, answers
+
+
 @pytest.fixture
 def held(tmp_path: Path) -> Iterator[Warehouse]:
     """A warehouse that is held and answers, with a committed row in t and another that is not."""
-    warehouse = Warehouse(tmp_path / "w.duckdb", 200_000_000, 2)
-    warehouse.acquire()
+    warehouse, answers = answering(tmp_path)
     warehouse.execute("CREATE TABLE t AS SELECT 1 AS i, 2.50::DECIMAL(5,2) AS d, 0.1::DOUBLE AS f, NULL::INTEGER AS n")
     warehouse.begin()
     warehouse.execute("INSERT INTO t VALUES (2, 0, 0, 0)")
-    answers = Answers(warehouse)
-    answers.start()
     yield warehouse
     answers.stop()
     warehouse.release()
@@ -195,49 +201,36 @@ def test_more_clients_than_places(held: Warehouse) -> None:
         client.close()
 
 
-@pytest.mark.slow
-def test_an_end_while_nothing_can_break_a_query_off(tmp_path: Path) -> None:
-    """J21: everything is closed all the same."""
-    warehouse = Warehouse(tmp_path / "w.duckdb", 200_000_000, 2)
-    warehouse.acquire()
-    answers = Answers(warehouse)
-    answers.start()
-    slow = "SELECT levenshtein(repeat('ab', 60000), repeat('cd', 60000))"
-    client = threading.Thread(target=query, args=[warehouse.path, slow])
+def end_amid(folder: Path, sql: str, patience_s: float) -> list[subprocess.CompletedProcess[str]]:
+    """Let go of a warehouse in the middle of a query; return what its client has come to within `patience_s`."""
+    warehouse, answers = answering(folder)
+    done: list[subprocess.CompletedProcess[str]] = []
+    client = threading.Thread(target=lambda: done.append(query(warehouse.path, sql)))
     client.start()
     until(lambda: warehouse._guests, 20)
     time.sleep(0.5)
     answers.stop()
     warehouse.release()
     assert not warehouse.held
-    client.join(60)
+    client.join(patience_s)
+    return done
+
+
+@pytest.mark.slow
+def test_an_end_while_nothing_can_break_a_query_off(tmp_path: Path) -> None:
+    """J21: everything is closed all the same."""
+    end_amid(tmp_path, "SELECT levenshtein(repeat('ab', 60000), repeat('cd', 60000))", 60)
 
 
 def test_an_end_in_the_middle_of_a_query(tmp_path: Path) -> None:
     """J21: a consumer that is told to stop breaks the query off; its client is told so."""
-    warehouse = Warehouse(tmp_path / "w.duckdb", 200_000_000, 2)
-    warehouse.acquire()
-    answers = Answers(warehouse)
-    answers.start()
-    done: list[subprocess.CompletedProcess[str]] = []
-    client = threading.Thread(target=lambda: done.append(query(warehouse.path, ENDLESS)))
-    client.start()
-    until(lambda: warehouse._guests, 20)
-    time.sleep(0.5)
-    answers.stop()
-    warehouse.release()
-    assert not warehouse.held
-    client.join(30)
-    refused(done[0])
+    refused(end_amid(tmp_path, ENDLESS, 30)[0])
 
 
 def test_a_folder_whose_name_is_too_long_for_a_socket(tmp_path: Path) -> None:
     """The address of a socket has room for about a hundred bytes."""
     folder = tmp_path / ("long" * 25)
-    warehouse = Warehouse(folder / "w.duckdb", 200_000_000, 2)
-    warehouse.acquire()
-    answers = Answers(warehouse)
-    answers.start()
+    warehouse, answers = answering(folder)
     try:
         assert query(warehouse.path, "SELECT 7", "--format", "csv").stdout == "7\n7\n"
     finally:
