@@ -10,7 +10,6 @@ State: what it has written, until `Copied` is taken from its queue; then it is t
 from __future__ import annotations
 
 import dataclasses
-import json
 import queue
 import secrets
 import threading
@@ -20,8 +19,7 @@ import numpy as np
 import pyarrow as pa
 import stamina
 
-from cdc.errors import CdcError, ConnectionLost, SourceError, TableError
-from cdc.pgoutput.changes import Unfit
+from cdc.errors import CdcError, ConnectionLost, SourceError
 from cdc.pgoutput.copy import decode_copy
 from cdc.pgoutput.masks import Mask
 from cdc.pgoutput.messages import Column
@@ -29,6 +27,7 @@ from cdc.settings import Settings
 from cdc.sink.checkpoint import StoredColumn, Table
 from cdc.sink.evolve import COPY_SEQ
 from cdc.sink.history import History, HistoryFile, as_log
+from cdc.sink.holding import Holding, table_alias
 from cdc.sink.schema import masks_of, refuse_renamed
 from cdc.sink.staging import CopiedChunk, CopiedTable
 from cdc.source import fence
@@ -82,19 +81,25 @@ class Copy:
     def __init__(
         self,
         table: Table,
+        tables: Sequence[Table],
         settings: Settings,
         publications: Sequence[str],
         history: History,
+        holding: Holding,
         waiting: Callable[[list[Blocker], float, str], None],
     ) -> None:
         """Create a copy of `table` that does nothing yet.
 
         Args:
+            tables: that are known.
+            holding: how columns are held.
             waiting: told for whom it waits, for how many seconds by now, and the table's name.
         """
         self.oid = table.oid
         self.items: queue.Queue[CopyItem] = queue.Queue(maxsize=2)
         self._name = str(table)
+        self._table, self._tables = table, tables
+        self._holding = holding
         self._was_masked = any(column.mask for column in table.columns)
         self._settings = settings
         self._publications = publications
@@ -163,7 +168,8 @@ class Copy:
 
     def _chunk(self, snapshot: Snapshot, data: bytes, count: int) -> None:
         """Decode some rows, write them for the history, and put them. Runs in the workers' threads."""
-        columns = _columns(snapshot)
+        stored = self._stored(snapshot)
+        columns = [Column(column.here, *column.basis, is_key=False) for column in stored]
         arrays, unfit = decode_copy(data, columns, self._masked(snapshot))
         with self._lock:
             seq = np.arange(COPY_SEQ + 1 + self._rows, COPY_SEQ + 1 + self._rows + count)
@@ -180,12 +186,12 @@ class Copy:
                 names,
                 arrays,
             )
-            file = self._history.describe(snapshot.published.schema, snapshot.published.name, log)
+            file = self._history.describe(*self._here(snapshot), log)
             with self._lock:
                 self._files.append(file)
             self._history.write_temporary(file, log)
         rows = pa.table(arrays, names=names)
-        self._put(CopiedChunk(snapshot.definition.oid, rows, file, _quarantined(snapshot, rows, unfit, seq)))
+        self._put(CopiedChunk(self.oid, rows, int(seq[0]), file, unfit))
 
     def _masked(self, snapshot: Snapshot) -> dict[int, Mask]:
         """Return the masks of the copied columns.
@@ -196,12 +202,13 @@ class Copy:
         names = [column.name for column in _columns(snapshot)]
         known = (self._name, str(snapshot.published))
         refuse_renamed(self._masks, self.oid, known, names, was_masked=self._was_masked)
-        key = [index for index, name in enumerate(names) if name in _key(snapshot)]
+        attnums = {attribute.name: attribute.attnum for attribute in snapshot.definition.attributes}
+        key = [index for index, name in enumerate(names) if attnums[name] in snapshot.definition.key]
         return masks_of(self._masks, self.oid, known[1:], names, key)
 
     def _copied(self, snapshot: Snapshot) -> CopiedTable:
         """Return what is copied, as the warehouse has it."""
-        definition = snapshot.definition
+        definition, stored = snapshot.definition, self._stored(snapshot)
         return CopiedTable(
             self.oid,
             definition.schema,
@@ -210,9 +217,16 @@ class Copy:
             definition.storage,
             definition.natts,
             definition.types,
-            self._stored(snapshot),
-            _key(snapshot),
+            stored,
+            tuple(column.here for column in stored if column.attnum in definition.key),
+            self._alias(snapshot),
         )
+
+    def _alias(self, snapshot: Snapshot) -> str:
+        return table_alias(self._tables, self.oid, snapshot.definition.schema, snapshot.definition.name)
+
+    def _here(self, snapshot: Snapshot) -> tuple[str, str]:
+        return snapshot.definition.schema, self._alias(snapshot) or snapshot.definition.name
 
     def _stored(self, snapshot: Snapshot) -> tuple[StoredColumn, ...]:
         attnums = {attribute.name: attribute.attnum for attribute in snapshot.definition.attributes}
@@ -223,7 +237,8 @@ class Copy:
             held = column if mask is None else mask.column(column)
             label = "" if mask is None else mask.label
             stored.append(StoredColumn(held.name, held.type_oid, held.typmod, attnums[held.name], label))
-        return tuple(stored)
+        known, soft = (self._name, str(snapshot.published)), self._settings.deletes == "soft"
+        return self._holding.columns(self._table, known, stored, soft=soft)
 
     def _forget(self) -> None:
         """Begin from nothing: remove the files of a try that did not come to its end."""
@@ -251,33 +266,3 @@ def _columns(snapshot: Snapshot) -> tuple[Column, ...]:
     by_name = {attribute.name: attribute for attribute in snapshot.definition.attributes}
     chosen = [by_name[name] for name in snapshot.published.columns]
     return tuple(Column(a.name, a.type_oid, a.typmod, is_key=False) for a in chosen)
-
-
-def _key(snapshot: Snapshot) -> tuple[str, ...]:
-    key = set(snapshot.definition.key)
-    return tuple(attribute.name for attribute in snapshot.definition.attributes if attribute.attnum in key)
-
-
-def _quarantined(
-    snapshot: Snapshot, rows: pa.Table, unfit: Sequence[Unfit], seq: np.ndarray
-) -> list[tuple[str, str | None, str, int]]:
-    """Return what the quarantine keeps of values that their type cannot hold: column, key, text, seq.
-
-    Raises:
-        TableError: such a value is in a key column.
-    """
-    key = _key(snapshot)
-    found = []
-    for misfit in unfit:
-        name = rows.column_names[misfit.column]
-        if name in key:
-            raise TableError(
-                f"key column {name} of {snapshot.published} holds a value that its type in DuckDB cannot",
-                snapshot.definition.oid,
-                "leave the table out with CDC_TABLES, or give the column a type with a smaller range",
-            )
-        keys = rows.select(list(key)).take(misfit.rows).to_pylist() if key else [None] * len(misfit.rows)
-        for row, values, text in zip(misfit.rows.tolist(), keys, misfit.texts, strict=True):
-            label = json.dumps({k: str(v) for k, v in values.items()}) if values is not None else None
-            found.append((name, label, text, int(seq[row])))
-    return found

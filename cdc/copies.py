@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from cdc.copier import Copied, Copy, CopyBegun, CopyFailed, CopyItem
-from cdc.errors import CdcError, ConnectionLost, SinkError, TableError
+from cdc.errors import CdcError, ConnectionLost, Resync, SinkError, TableError
 from cdc.settings import Settings
 from cdc.sink.checkpoint import Table
-from cdc.sink.evolve import Resync
+from cdc.sink.holding import Holding
 from cdc.sink.sink import Sink
 from cdc.sink.staging import CopiedChunk
 from cdc.source.slot import Blocker
@@ -61,17 +61,20 @@ class Copies:
         publications: Sequence[str],
         sink: Sink,
         observer: Observer,
+        holding: Holding,
         waiting: Callable[[list[Blocker], float, str], None],
     ) -> None:
         """Create it without a copy in hand.
 
         Args:
+            holding: how columns are held.
             waiting: told for whom a copy waits, for how many seconds by now, and of which table it is.
         """
         self._settings = settings
         self._publications = publications
         self._sink = sink
         self._observer = observer
+        self._holding = holding
         self._waiting = waiting
         self._copy: Copy | None = None
         self._copied: Copied | None = None
@@ -136,7 +139,8 @@ class Copies:
 
     def _begin(self, table: Table) -> None:
         self._sink.begin_copy(table.oid)
-        self._copy = Copy(table, self._settings, self._publications, self._sink.history, self._waiting)
+        tables, history = list(self._sink.ledger.tables.values()), self._sink.history
+        self._copy = Copy(table, tables, self._settings, self._publications, history, self._holding, self._waiting)
         self._copy.start()
         self._observer.event("copy", table=str(table))
 

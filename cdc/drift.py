@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Literal
 
-from cdc.sink.checkpoint import Table
-from cdc.sink.schema import LiveTable
+from cdc.sink.checkpoint import StoredColumn, Table
+from cdc.sink.holding import Holding
+from cdc.sink.schema import LiveTable, stored_columns
 from cdc.sink.storage import read
 from cdc.source.catalog import TableDefinition
 
@@ -32,7 +33,9 @@ class Verdict:
     reason: str = ""
 
 
-def judge(table: Table, definition: TableDefinition, live: LiveTable, empty: Collection[int]) -> Verdict | None:
+def judge(
+    table: Table, definition: TableDefinition, live: LiveTable, holding: Holding, empty: Collection[int]
+) -> Verdict | None:
     """Compare a table with the catalog; None: all is as it was.
 
     No change of the table's rows lies between its last DDL and the place of the stream where the catalog was read, or
@@ -40,6 +43,7 @@ def judge(table: Table, definition: TableDefinition, live: LiveTable, empty: Col
 
     Args:
         live: the same as `definition`, in the sink's terms.
+        holding: how columns are to be held.
         empty: OIDs of attached leaves that have no row.
     """
     if (definition.schema, definition.name) != (table.schema, table.name):
@@ -47,14 +51,26 @@ def judge(table: Table, definition: TableDefinition, live: LiveTable, empty: Col
     described = [(c.name, c.type_oid, c.typmod) for c in live.columns]
     if described != [(c.name, c.type_oid, c.typmod) for c in table.columns]:
         return Verdict("altered")
-    if [c.attnum for c in live.columns] != [c.attnum for c in table.columns]:
-        return Verdict("rewritten", "a column was dropped and added again")
-    if [c.mask for c in live.columns] != [c.mask for c in table.columns]:
-        return Verdict("rewritten", "it has other masks under its name")
+    names = (str(table), str(definition))
+    held = holding.columns(table, names, stored_columns(live), soft=table.deletes == "soft")
+    if reason := _held_otherwise(table.columns, held):
+        return Verdict("rewritten", reason)
     if (definition.storage, definition.types) == (table.storage, table.types):
         return None
     reason = _rewritten(table, definition, empty) or _reprinted(table, definition)
     return Verdict("rewritten", reason) if reason else Verdict("moved")
+
+
+def _held_otherwise(before: Sequence[StoredColumn], now: Sequence[StoredColumn]) -> str:
+    """Return why columns that have the names and types that they had are others here all the same; '' if not."""
+    for old, new in zip(before, now, strict=True):
+        if old.attnum != new.attnum:
+            return "a column was dropped and added again"
+        if old.mask != new.mask:
+            return "it has other masks under its name"
+        if (old.here, old.basis) != (new.here, new.basis):
+            return f"column {new.name} is to be {new.here} {new.kind.duckdb}, and was {old.here} {old.kind.duckdb}"
+    return ""
 
 
 def _rewritten(table: Table, definition: TableDefinition, empty: Collection[int]) -> str:

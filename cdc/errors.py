@@ -8,7 +8,9 @@ CdcError                    one line of message, one of hint; exit status 1
 ├── SinkError               the warehouse or the history cannot be written
 │   ├── WarehouseBusy       another process holds the DuckDB file
 │   └── TableError          one table cannot be applied; the others can
-│       └── MaskError       nothing of it may be kept, for its masks cannot be
+│       ├── MaskError       nothing of it may be kept, for its masks cannot be
+│       └── Resync          it has to be copied anew, which happens by itself
+│           └── Widen       and one of its columns become text
 └── StateError              slot, warehouse and history do not belong together
 """
 
@@ -19,12 +21,14 @@ __all__ = [
     "ConnectionLost",
     "MaskError",
     "ProtocolError",
+    "Resync",
     "SettingsError",
     "SinkError",
     "SourceError",
     "StateError",
     "TableError",
     "WarehouseBusy",
+    "Widen",
 ]
 
 
@@ -109,6 +113,22 @@ class TableError(SinkError):
 
 class MaskError(TableError):
     """A table's masks cannot be kept: nothing of it may be, and no copy mends that."""
+
+
+class Resync(TableError):
+    """The stream alone can no longer make this table right: it has to be copied again."""
+
+
+class Widen(Resync):
+    """A column's type cannot hold what Postgres has in it: it has to become text, by a new copy.
+
+    Attributes:
+        attnum: of the column.
+    """
+
+    def __init__(self, message: str, oid: int, hint: str, attnum: int) -> None:
+        super().__init__(message, oid, hint)
+        self.attnum = attnum
 
 
 class StateError(CdcError):

@@ -14,7 +14,7 @@ _LSN = re.compile("([0-9A-Fa-f]{1,8})/([0-9A-Fa-f]{1,8})")
 
 
 def parse_lsn(text: str) -> int:
-    """Return the position that `text` (``XXXXXXXX/XXXXXXXX``, hexadecimal) names.
+    """Return the position that `text` names: two hexadecimal numbers with a slash between them.
 
     Raises:
         ValueError: `text` is not an LSN.

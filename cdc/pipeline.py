@@ -29,10 +29,12 @@ from cdc.settings import Settings
 from cdc.sink.answers import Answers
 from cdc.sink.checkpoint import Table
 from cdc.sink.history import History
+from cdc.sink.holding import Holding
 from cdc.sink.schema import LiveTable
 from cdc.sink.sink import Sink
 from cdc.sink.view import View
 from cdc.sink.warehouse import ConsumerLock, Warehouse
+from cdc.source.declared import DeclaredTypes
 from cdc.source.stream import Idle, Item, StreamEnded
 from cdc.source.watcher import Watcher
 from cdc.startup import prepare
@@ -69,6 +71,13 @@ class Pipeline:
         self._warehouse = Warehouse(settings.warehouse, settings.memory, settings.threads, settings.tmp)
         self._answers = Answers(self._warehouse)
         self._history = History(settings.history)
+        self._holding = Holding(
+            settings.masks,
+            settings.choices,
+            DeclaredTypes(settings.dsn),
+            settings.history is not None,
+            settings.quarantine_limit,
+        )
         self._sink = Sink(
             self._warehouse,
             self._history,
@@ -76,10 +85,10 @@ class Pipeline:
             live=self._live,
             waiting=self._waits.for_warehouse,
             give_up=lambda: self._stopping and time.monotonic() >= self._stop_by,
+            holding=self._holding,
             view=View(settings.view, settings.view_of) if settings.view else None,
-            masks=settings.masks,
         )
-        self._tables = Tables(settings, self._sink, observer)
+        self._tables = Tables(settings, self._sink, observer, self._holding)
         self._subscription = Subscription(settings, self._sink, observer)
         self._publications: tuple[str, ...] = ()
         self._stopping = False
@@ -148,7 +157,7 @@ class Pipeline:
             )
         if aside := self._sink.show():
             self._observer.event("renamed aside", table=settings.view, new_name=aside)
-        copies = Copies(settings, self._publications, self._sink, self._observer, waits.for_transactions)
+        copies = Copies(settings, self._publications, self._sink, self._observer, self._holding, waits.for_transactions)
         self._tables.begin(self._publications, copies)
         watcher = Watcher(settings.dsn, self._publications, settings.tables, settings.exclude, settings.poll_interval)
         try:

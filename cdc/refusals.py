@@ -5,16 +5,18 @@ Nothing here changes anything, but for reading.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from cdc.errors import SettingsError, StateError
 from cdc.lsn import format_lsn
+from cdc.pgoutput.types import Basis, Declarations, basis, column_type, may_be
 from cdc.reconcile import theirs
 from cdc.settings import Settings
 from cdc.sink.checkpoint import Checkpoint
-from cdc.sink.schema import folded, strangers
+from cdc.sink.schema import strangers
 from cdc.sink.sink import Sink
+from cdc.sink.warehouse import folded
 from cdc.source.catalog import TableDefinition
 from cdc.source.slot import Slot, System
 
@@ -175,6 +177,35 @@ def _check_key(settings: Settings, table: TableDefinition) -> None:
             f"POSTGRES_PRIMARY_KEY is {settings.primary_key}, but the rows of {table} are identified by "
             f"{', '.join(names) or 'nothing'}",
             "leave it away, or make it the key: ALTER TABLE ... REPLICA IDENTITY USING INDEX ...",
+        )
+
+
+def refuse_choices(tables: Iterable[TableDefinition], choices: Mapping[str, Basis], declared: Declarations) -> None:
+    """Refuse a CDC_TYPES that cannot be.
+
+    Args:
+        tables: that are, or are to be, published.
+
+    Raises:
+        SettingsError: a column is not there, or cannot be held as what is chosen.
+    """
+    unknown = set(choices)
+    for table in tables:
+        for attribute in table.attributes:
+            name = f"{table}.{attribute.name}"
+            if name not in choices:
+                continue
+            unknown.discard(name)
+            natural = basis(attribute.type_oid, attribute.typmod, declared)
+            if not may_be(natural, choices[name]):
+                raise SettingsError(
+                    f"CDC_TYPES: {name} cannot be held as {column_type(*choices[name]).duckdb}",
+                    f"it can be {column_type(*natural).duckdb} or VARCHAR; numeric alone can be DOUBLE or a DECIMAL",
+                )
+    if unknown:
+        raise SettingsError(
+            f"CDC_TYPES: there is no column {min(unknown)} in what is published",
+            "write it as schema.table.column:type; a column that was renamed or dropped has to be put right here, too",
         )
 
 

@@ -25,6 +25,7 @@ from pydantic_settings import (
 
 from cdc.errors import SettingsError
 from cdc.pgoutput.masks import Kind, Mask
+from cdc.pgoutput.types import Basis, read_choice
 from cdc.source.connection import read_dsn
 
 __all__ = ["Settings", "load", "read_seconds"]
@@ -54,7 +55,8 @@ def read_seconds(value: object) -> float:
 
 def _names(value: object) -> object:
     if isinstance(value, str):
-        return tuple(name.strip() for name in value.split(",") if name.strip())
+        names = re.split(r",(?![^()]*\))", value)  # but not the comma of DECIMAL(12,2)
+        return tuple(name.strip() for name in names if name.strip())
     return value
 
 
@@ -63,6 +65,14 @@ def _masks(value: tuple[str, ...]) -> tuple[str, ...]:
         column, _, kind = entry.rpartition(":")
         if column.count(".") < _DOTS or kind not in get_args(Kind):
             raise ValueError(f"not schema.table.column and one of :hmac, :null, :hash: {entry!r}")
+    return value
+
+
+def _choices(value: tuple[str, ...]) -> tuple[str, ...]:
+    for entry in value:
+        column, _, kind = entry.rpartition(":")
+        if column.count(".") < _DOTS or read_choice(kind) is None:
+            raise ValueError(f"not schema.table.column and one of :VARCHAR, :DOUBLE, :DECIMAL(p,s): {entry!r}")
     return value
 
 
@@ -128,6 +138,14 @@ class Settings(BaseSettings):
         Field(description="schema.table.column:kind, by comma; kind: hmac or hash (64 hex digits), or null"),
     ] = ()
     mask_key: SecretStr = Field(SecretStr(""), description="the key of hmac; better in the environment than as a flag")
+    types: Annotated[
+        Names,
+        AfterValidator(_choices),
+        Field(description="schema.table.column:type, by comma; type: VARCHAR; of numeric also DOUBLE or DECIMAL(p,s)"),
+    ] = ()
+    quarantine_limit: int = Field(
+        10_000, ge=0, description="a column of which more values do not fit its type becomes VARCHAR"
+    )
     flush_interval: Annotated[Duration, Field(gt=0, le=3600, description="longest time that a batch is collected")] = (
         1.0
     )
@@ -152,6 +170,12 @@ class Settings(BaseSettings):
         key = self.mask_key.get_secret_value().encode()
         parts = (entry.rpartition(":") for entry in self.mask)
         return {column: Mask(cast("Kind", kind), key if kind == "hmac" else b"") for column, _, kind in parts}
+
+    @property
+    def choices(self) -> dict[str, Basis]:
+        """CDC_TYPES by ``schema.table.column``."""
+        parts = (entry.rpartition(":") for entry in self.types)
+        return {column: basis for column, _, kind in parts if (basis := read_choice(kind)) is not None}
 
     @classmethod
     def settings_customise_sources(
@@ -188,6 +212,7 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> S
         raise SettingsError(f"cdc.toml cannot be read: {error}", "mend the file, or take it away") from None
     read_dsn(settings.dsn)
     _check_masks(settings)
+    _check_choices(settings)
     if (settings.view or settings.primary_key) and not settings.view_of:
         lonely = "CDC_VIEW" if settings.view else "CDC_PRIMARY_KEY"
         raise SettingsError(f"{lonely} needs CDC_VIEW_OF", "set it to the schema.table that is meant")
@@ -203,6 +228,17 @@ def _check_masks(settings: Settings) -> None:
             raise SettingsError(f"CDC_MASK: {name} is in CDC_EXCLUDE as well", "take it out of one of them")
         if names.count(name) > 1:
             raise SettingsError(f"CDC_MASK: {name} has more than one mask", "leave one of them")
+
+
+def _check_choices(settings: Settings) -> None:
+    names = [entry.rpartition(":")[0] for entry in settings.types]
+    for name in names:
+        if name in settings.exclude or name in settings.masks:
+            raise SettingsError(
+                f"CDC_TYPES: {name} is in CDC_EXCLUDE or CDC_MASK as well", "take it out of one of them"
+            )
+        if names.count(name) > 1:
+            raise SettingsError(f"CDC_TYPES: {name} has more than one type", "leave one of them")
 
 
 def _predecessor(environ: Mapping[str, str]) -> dict[str, Any]:

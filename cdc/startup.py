@@ -25,13 +25,14 @@ from psycopg.pq.abc import PGconn
 from cdc.errors import SinkError, SourceError
 from cdc.failpoints import reach
 from cdc.reconcile import gap, reconcile, refuse_less
-from cdc.refusals import in_use, refuse, refuse_in_use, refuse_missing, refuse_settings, refuse_tables
+from cdc.refusals import in_use, refuse, refuse_choices, refuse_in_use, refuse_missing, refuse_settings, refuse_tables
 from cdc.settings import Settings
 from cdc.sink.checkpoint import Checkpoint, Table
 from cdc.sink.sink import Sink
 from cdc.source import catalog, preflight, publication, slot, upkeep
 from cdc.source.catalog import PublishedTable
 from cdc.source.connection import Connection, connect, connect_replication, translated
+from cdc.source.declared import DeclaredTypes
 from cdc.source.preflight import Expected
 from cdc.source.slot import Blocker, Slot, System
 from cdc.source.snapshot import WAIT_S
@@ -93,6 +94,7 @@ def prepare(
                     refuse_missing(settings, sink)
             coming = publication.coming(connection, settings.publication, settings.tables)
             publication.refuse_columns(connection, settings.publication, coming, settings.exclude, settings.masks)
+            refuse_choices(coming, settings.choices, DeclaredTypes(settings.dsn))
             refuse_tables(settings, sink, coming, begins=fresh or checkpoint is None)
             publications = _publish(connection, settings, once=once)
             published = catalog.published(connection, publications)

@@ -20,12 +20,12 @@ from collections.abc import Sequence
 
 from cdc.copies import Copies, Observer
 from cdc.drift import Verdict, judge
-from cdc.errors import ConnectionLost, MaskError, TableError
+from cdc.errors import ConnectionLost, MaskError, Resync, TableError
 from cdc.live import live_table, relation_of
 from cdc.reconcile import again, reconcile
 from cdc.settings import Settings
 from cdc.sink.checkpoint import Table
-from cdc.sink.evolve import Resync
+from cdc.sink.holding import Holding
 from cdc.sink.schema import LiveTable
 from cdc.sink.sink import Sink
 from cdc.sink.storage import read as read_storage
@@ -39,10 +39,11 @@ __all__ = ["Tables"]
 class Tables:
     """See the module."""
 
-    def __init__(self, settings: Settings, sink: Sink, observer: Observer) -> None:
+    def __init__(self, settings: Settings, sink: Sink, observer: Observer, holding: Holding) -> None:
         self._settings = settings
         self._sink = sink
         self._observer = observer
+        self._holding = holding
         self._publications: tuple[str, ...] = ()
         self._copies: Copies | None = None
         self._looks: dict[bytes, Look] = {}  # by the content of the fence
@@ -98,7 +99,7 @@ class Tables:
         table, live = self._sink.ledger.tables.get(oid), self._seen_live(oid, seen)
         if table is None or table.state != "streaming" or live is None:
             return None
-        verdict = judge(table, seen.definitions[oid], live, seen.empty)
+        verdict = judge(table, seen.definitions[oid], live, self._holding, seen.empty)
         return None if verdict is None else (verdict, live)
 
     def _judge(self, oid: int, seen: Look) -> bool:
@@ -162,7 +163,7 @@ class Tables:
             TableError: the table is not known.
         """
         known = self._sink.ledger.tables.get(error.oid)
-        if known is not None and known.state == "resyncing" and not isinstance(error, MaskError):
+        if known is not None and known.state == "resyncing" and not isinstance(error, Resync | MaskError):
             # No longer kept up to date, but its changes are still kept for the copy that is under way.
             error = Resync(str(error), error.oid, error.hint)
         elif known is not None and not isinstance(error, Resync | MaskError) and self._moved(known):
@@ -185,7 +186,9 @@ class Tables:
     def _take_marks(self) -> None:
         """Begin what `cdc resync` has asked for."""
         marked = self._sink.ledger.requested()
-        self._change([again(self._sink.ledger.tables[oid]) for oid in marked], requested=True)
+        # Columns that have become text get another chance: that is what a resync is asked for.
+        tables = [dataclasses.replace(self._sink.ledger.tables[oid], widened=()) for oid in marked]
+        self._change([again(table) for table in tables], requested=True)
 
     def _change(self, changed: Sequence[Table], *, requested: bool = False) -> None:
         """Write changed rows of ``_cdc.tables``; a copy that is under way for one of them is worth nothing now."""

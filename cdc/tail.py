@@ -23,6 +23,7 @@ import pyarrow as pa
 from cdc.lsn import format_lsn
 from cdc.pgoutput.decoder import RelationRows, TableChanges, decode_rows
 from cdc.pgoutput.messages import Relation
+from cdc.pgoutput.types import TEXT, column_type
 
 __all__ = ["UNCHANGED", "Change", "Exact", "as_json", "as_text", "boundary", "changes_of", "wanted"]
 
@@ -30,6 +31,7 @@ MOST_CHARACTERS = 200
 """A longer value is cut in `as_text`."""
 
 _OPERATIONS = {ord("I"): "insert", ord("U"): "update", ord("D"): "delete", ord("T"): "truncate"}
+_DAY_MICROSECONDS = 86_400_000_000
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 Row = Mapping[str, Any]
@@ -98,9 +100,13 @@ def changes_of(found: Iterable[RelationRows]) -> list[Change]:
 
 
 def _changes_of_table(rows: RelationRows) -> Iterator[Change]:
-    decoded = decode_rows(rows)
-    relation = decoded.relation
-    values = [_values(decoded, index) for index in range(len(relation.columns))]
+    relation = rows.relation
+    # A list or an interval is read as Postgres prints it.
+    nested = [pa.types.is_nested(column_type(column.type_oid, column.typmod).arrow) for column in relation.columns]
+    decoded = decode_rows(_as_text(rows, nested))
+    read = [_values(decoded, index) for index in range(len(relation.columns))]
+    texts = decode_rows(_as_text(rows, [True] * len(nested))) if None in read else decoded
+    values = [_far_values(decoded, texts, i) if each is None else each for i, each in enumerate(read)]
     names = [column.name for column in relation.columns]
     everything = list(range(len(names)))
     key = list(relation.key)
@@ -128,10 +134,44 @@ def _changes_of_table(rows: RelationRows) -> Iterator[Change]:
         at = last + 1
 
 
-def _values(decoded: TableChanges, index: int) -> list[Any]:
-    """Return one column as Python values, with those in it that the Arrow array cannot hold."""
+def _as_text(rows: RelationRows, which: Sequence[bool]) -> RelationRows:
+    """Return `rows` with some of the columns as text."""
+    columns = (
+        dataclasses.replace(column, type_oid=TEXT.type_oid, typmod=TEXT.typmod) if is_text else column
+        for column, is_text in zip(rows.relation.columns, which, strict=True)
+    )
+    return dataclasses.replace(rows, relation=dataclasses.replace(rows.relation, columns=tuple(columns)))
+
+
+def _far_values(decoded: TableChanges, texts: TableChanges, index: int) -> list[Any]:
+    """Return a column that has dates or times beyond those of Python: these as Postgres prints them."""
+    values: list[Any] = []
+    for value, text in zip(decoded.columns[index], texts.columns[index].to_pylist(), strict=True):
+        try:
+            values.append(Exact(text) if _is_day_end(value) else value.as_py())
+        except (OverflowError, ValueError):
+            values.append(Exact(text))
+    return _completed(decoded, index, values)
+
+
+def _is_day_end(value: pa.Scalar) -> bool:
+    """Whether it is 24:00:00, of which Python makes 00:00:00."""
+    return bool(pa.types.is_time(value.type) and value.value == _DAY_MICROSECONDS)
+
+
+def _values(decoded: TableChanges, index: int) -> list[Any] | None:
+    """Return one column as Python values; None: some are dates or times beyond those of Python."""
+    if any(map(_is_day_end, decoded.columns[index])):
+        return None
+    try:
+        return _completed(decoded, index, decoded.columns[index].to_pylist())
+    except (OverflowError, ValueError):
+        return None
+
+
+def _completed(decoded: TableChanges, index: int, values: list[Any]) -> list[Any]:
+    """Return the values of a column with those in it that the Arrow array cannot hold."""
     column = decoded.columns[index]
-    values: list[Any] = column.to_pylist()
     if pa.types.is_float32(column.type):  # a float4 has fewer digits than the float that Python makes of it
         values = [None if value is None else float(str(np.float32(value))) for value in values]
     for misfits in decoded.unfit:

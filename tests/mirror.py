@@ -1,7 +1,7 @@
 """A consumer in a process of its own, and the comparison of what it made with what Postgres has.
 
-Postgres is the oracle: rows are compared as multisets of Python values, as psycopg reads them from the server on one
-side, and as DuckDB's own client reads them from the warehouse, or from the replayed history, on the other.
+Postgres is the oracle: rows are compared as multisets of values, as the server prints them on one side, and as DuckDB's
+own client reads them from the warehouse, or from the replayed history, on the other (values.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,6 +27,7 @@ from cdc.pipeline import Pipeline
 from cdc.settings import load
 from cdc.sink.warehouse import open_file
 from tests.conftest import Database, Lake
+from tests.values import PINNED, from_duckdb, from_postgres, logged, picked
 
 __all__ = [
     "PROGRAM",
@@ -43,12 +44,6 @@ __all__ = [
 PROGRAM = (sys.executable, "-c", "from cdc.cli import main; main()")
 
 RUN_TIMEOUT_S = 100.0
-
-# Types that both clients read as the same Python values; all others are compared as text: timestamptz, which duckdb
-# reads through pytz alone, uuid, which Parquet holds as text, numeric, which is a decimal here or text. A float4 gets
-# the digits of a float8, as both are floats.
-_NATIVE = (16, 17, 20, 21, 23, 25, 700, 701, 1042, 1043, 1082, 1083, 1114)
-_FLOAT4 = 700
 
 
 def until(condition: Callable[[], object], timeout_s: float = 60.0, what: str = "") -> None:
@@ -193,62 +188,89 @@ def states(lake: Lake) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Column:
+    """A column: its name in Postgres, its name and DuckDB type here."""
+
     name: str
-    native: bool
-    float4: bool
-
-    @property
-    def pick(self) -> sql.Composed:
-        """The expression that reads it from Postgres."""
-        cast = "::float8" if self.float4 else "" if self.native else "::text"
-        return sql.SQL("{}" + cast).format(sql.Identifier(self.name))
+    here: str
+    kind: str
 
 
-def _columns(connection: psycopg.Connection[Any], schema: str, name: str) -> list[_Column]:
+def _columns(database: Database, lake: Lake, table: str) -> list[_Column]:
     """Return the columns that are published: all but generated ones, in order."""
-    rows = connection.execute(
-        "SELECT a.attname, a.atttypid::int8 FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid "
-        "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s AND a.attnum > 0 "
-        "AND NOT a.attisdropped AND a.attgenerated = '' ORDER BY a.attnum",
-        [schema, name],
-    ).fetchall()
-    return [_Column(name, kind in _NATIVE, kind == _FLOAT4) for name, kind in rows]
-
-
-def _plain(row: Sequence[Any]) -> tuple[Any, ...]:
-    # repr tells -0.0 from 0.0 and makes NaN equal to itself
-    return tuple(repr(v) if isinstance(v, float) else bytes(v) if isinstance(v, memoryview) else v for v in row)
-
-
-def source_rows(database: Database, table: str, where: str = "true") -> Counter[tuple[Any, ...]]:
-    """Return a table's rows as Postgres has them."""
     schema, name = table.split(".", 1)
-    with psycopg.connect(database.dsn, options="-c timezone=UTC -c extra_float_digits=3") as connection:
-        columns = _columns(connection, schema, name)
+    with psycopg.connect(database.dsn) as connection:
+        names = connection.execute(
+            "SELECT a.attname FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid "
+            "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s AND a.attnum > 0 "
+            "AND NOT a.attisdropped AND a.attgenerated = '' ORDER BY a.attnum",
+            [schema, name],
+        ).fetchall()
+    known = warehouse_rows(
+        lake,
+        f"SELECT columns FROM _cdc.tables WHERE schema_name = {_literal(schema)} AND table_name = {_literal(name)}",
+    )
+    aliases = {column[0]: column[5] or column[0] for column in json.loads(known[0][0])}
+    kinds = {column: kind for column, kind, *_ in warehouse_rows(lake, f"DESCRIBE {_target(lake, table)}")}
+    found = [(str(column), str(aliases.get(column, column))) for (column,) in names]
+    return [_Column(column, here, kinds.get(here, "VARCHAR")) for column, here in found]
+
+
+def _target(lake: Lake, table: str) -> str:
+    """Return a table's name in the warehouse, quoted."""
+    schema, name = table.split(".", 1)
+    where = f"schema_name = {_literal(schema)} AND table_name = {_literal(name)}"
+    ((alias,),) = warehouse_rows(lake, f"SELECT alias FROM _cdc.tables WHERE {where}")
+    return f"{_quote(schema)}.{_quote(alias or name)}"
+
+
+def source_rows(database: Database, lake: Lake, table: str, where: str = "true") -> Counter[tuple[Hashable, ...]]:
+    """Return a table's rows as Postgres has them, in the form that its columns in the warehouse ask for."""
+    schema, name = table.split(".", 1)
+    columns = _columns(database, lake, table)
+    with psycopg.connect(database.dsn, options=PINNED) as connection:
         query = sql.SQL("SELECT {} FROM {} WHERE {}").format(
-            sql.SQL(", ").join(c.pick for c in columns),
+            sql.SQL(", ").join(sql.Identifier(column.name) for column in columns),
             sql.Identifier(schema, name),
             sql.SQL(where),
         )
-        return Counter(map(_plain, connection.execute(query, binary=False)))
+        found = connection.execute(query, binary=False).pgresult
+        assert found is not None
+        texts = (
+            [None if (value := found.get_value(row, i)) is None else value.decode() for i in range(len(columns))]
+            for row in range(found.ntuples)
+        )
+        return Counter(
+            tuple(from_postgres(text, c.kind) for text, c in zip(row, columns, strict=True)) for row in texts
+        )
 
 
-def _picks(database: Database, table: str) -> str:
-    schema, name = table.split(".", 1)
-    with psycopg.connect(database.dsn) as connection:
-        columns = _columns(connection, schema, name)
-    return ", ".join(_quote(c.name) if c.native else f"CAST({_quote(c.name)} AS VARCHAR)" for c in columns)
+def source_texts(database: Database, table: str) -> Counter[tuple[str | None, ...]]:
+    """Return a table's rows as Postgres prints them."""
+    columns = database.execute(
+        "SELECT string_agg(quote_ident(attname) || '::text', ', ' ORDER BY attnum) FROM pg_attribute "
+        f"WHERE attrelid = {_literal(table)}::regclass AND attnum > 0 AND NOT attisdropped"
+    )
+    return Counter(database.execute(f"SELECT {columns[0][0]} FROM {table}"))
 
 
 def _quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def mirrored_rows(database: Database, lake: Lake, table: str, where: str = "true") -> Counter[tuple[Any, ...]]:
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def mirrored_rows(database: Database, lake: Lake, table: str, where: str = "true") -> Counter[tuple[Hashable, ...]]:
     """Return a table's rows as the warehouse has them, with the columns that Postgres has now."""
-    schema, name = table.split(".", 1)
-    query = f"SELECT {_picks(database, table)} FROM {_quote(schema)}.{_quote(name)} WHERE {where}"
-    return Counter(map(_plain, warehouse_rows(lake, query)))
+    columns = _columns(database, lake, table)
+    picks = ", ".join(picked(_quote(column.here), column.kind) for column in columns)
+    rows = warehouse_rows(lake, f"SELECT {picks} FROM {_target(lake, table)} WHERE {where}")
+    return Counter(_form(row, columns) for row in rows)
+
+
+def _form(row: Sequence[Any], columns: Sequence[_Column]) -> tuple[Hashable, ...]:
+    return tuple(from_duckdb(value, column.kind) for value, column in zip(row, columns, strict=True))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -270,8 +292,11 @@ def replayed(database: Database, lake: Lake, table: str, key: Sequence[str]) -> 
         key: columns of the replica identity; none: the table has no key, and each D takes one equal row.
     """
     schema, name = table.split(".", 1)
-    folder = lake.history / _escaped(schema) / _escaped(name)
-    log = f"read_parquet('{folder}/*.parquet', union_by_name = true)"
+    ((alias,),) = warehouse_rows(
+        lake, f"SELECT alias FROM _cdc.tables WHERE (schema_name, table_name) = ({_literal(schema)}, {_literal(name)})"
+    )
+    folder = lake.history / _escaped(schema) / _escaped(alias or name)
+    log = f"read_parquet({_literal(f'{folder}/*.parquet')}, union_by_name = true)"
     connection = duckdb.connect()
     connection.execute("SET TimeZone = 'UTC'")
     (copy_lsn,) = connection.execute(f"SELECT max(_lsn) FROM {log} WHERE _op = 'T' AND _seq < 0").fetchall()[0]
@@ -280,39 +305,39 @@ def replayed(database: Database, lake: Lake, table: str, key: Sequence[str]) -> 
     paths = warehouse_rows(
         lake,
         "SELECT path FROM _cdc.files "
-        f"WHERE schema_name = '{schema}' AND table_name = '{name}' AND last_lsn >= {copy_lsn}",
+        f"WHERE schema_name = {_literal(schema)} AND table_name = {_literal(alias or name)} AND last_lsn >= {copy_lsn}",
     )
     log = f"read_parquet({[str(lake.history / path) for (path,) in paths]}, union_by_name = true)"
     doubles = connection.execute(f"SELECT _lsn, _seq FROM {log} GROUP BY ALL HAVING count(*) > 1").fetchall()
     assert not doubles, f"the history of {table} has changes twice: {doubles[:5]}"
-    with psycopg.connect(database.dsn) as source:
-        columns = _columns(source, schema, name)
+    columns = _columns(database, lake, table)
     changes = [
         _Change((lsn, seq), old, new, default)
         for lsn, seq, old, new, default in warehouse_rows(
             lake,
             "SELECT lsn, coalesce(seq, 0), old_name, new_name, default_value FROM _cdc.schema_changes "
-            f"WHERE schema_name = '{schema}' AND table_name = '{name}' AND lsn >= {copy_lsn} ORDER BY rowid",
+            f"WHERE schema_name = {_literal(schema)} AND table_name = {_literal(name)} AND lsn >= {copy_lsn} "
+            "ORDER BY rowid",
         )
         if old or new
     ]
-    logged = {column for (column, *_) in connection.execute(f"DESCRIBE FROM {log}").fetchall()}
-    kinds = {column: kind for column, kind, *_ in warehouse_rows(lake, f"DESCRIBE {_quote(schema)}.{_quote(name)}")}
-    picks = ", ".join(_over_time(column, kinds[column.name], changes, logged) for column in columns)
-    keys = ", ".join(_over_time(_Column(k, False, False), "VARCHAR", changes, logged) for k in key)
+    there = {column.lower(): kind for column, kind, *_ in connection.execute(f"DESCRIBE FROM {log}").fetchall()}
+    here = {column.name: column for column in columns}
+    picks = ", ".join(picked(_over_time(column, changes, there), column.kind) for column in columns)
+    keys = ", ".join(f"CAST({_over_time(here[k], changes, there)} AS VARCHAR)" for k in key)
     rows = connection.execute(
         f"SELECT _op, [{keys}], _lsn, _seq, {picks} FROM {log} "
         f"WHERE (_lsn = {copy_lsn} AND _seq < 0) OR (_lsn >= {copy_lsn} AND _seq > 0) ORDER BY _lsn, _seq"
     ).fetchall()
-    fills = []
-    for index, column in enumerate(columns):
-        for change in _of(column.name, changes):
-            if change.old_name is None and change.default is not None:
-                cast = f"CAST(CAST(? AS {kinds[column.name]}) AS {kinds[column.name] if column.native else 'VARCHAR'})"
-                ((value,),) = connection.execute(f"SELECT {cast}", [change.default]).fetchall()
-                fills.append((change.at, index, _plain([value])[0]))
     connection.close()
-    return _replay(rows, sorted(fills, key=lambda fill: fill[0]), keyed=bool(key))
+    formed = [(*row[:4], *_form(row[4:], columns)) for row in rows]
+    fills = [
+        (change.at, index, from_postgres(change.default, column.kind))
+        for index, column in enumerate(columns)
+        for change in _of(column.here, changes)
+        if change.old_name is None and change.default is not None
+    ]
+    return _replay(formed, sorted(fills, key=lambda fill: fill[0]), keyed=bool(key))
 
 
 def _of(name: str, changes: Sequence[_Change]) -> list[_Change]:
@@ -327,15 +352,18 @@ def _of(name: str, changes: Sequence[_Change]) -> list[_Change]:
     return found
 
 
-def _over_time(column: _Column, kind: str, changes: Sequence[_Change], logged: set[str]) -> str:
-    """Return the SQL for a column's value in the change log, under whichever name it had, and whatever was its type."""
-    name, cases = column.name, []
+def _over_time(column: _Column, changes: Sequence[_Change], there: Mapping[str, str]) -> str:
+    """Return the SQL for a column's value in the change log, under whichever name it had, and whatever was its type.
+
+    Args:
+        there: the columns of the change log in small letters, and their types.
+    """
+    name, cases = column.here, []
 
     def value() -> str:
-        text = _quote(name) if name in logged else "NULL"
-        return f"TRY_CAST({text} AS {kind if column.native else 'VARCHAR'})"
+        return logged(_quote(name), column.kind, there[name.lower()]) if name.lower() in there else "NULL"
 
-    for change in _of(column.name, changes):
+    for change in _of(column.here, changes):
         cases.append(f"WHEN (_lsn, _seq) >= ({change.at[0]}, {change.at[1]}) THEN {value()}")
         if change.old_name is None:
             return f"CASE {' '.join(cases)} ELSE NULL END"
@@ -369,7 +397,7 @@ def _replay(
 
     for op, key, lsn, seq, *values in rows:
         fill((lsn, seq))
-        row = _plain(values)
+        row = tuple(values)
         if op == "T":
             by_key.clear()
             bag.clear()
@@ -385,7 +413,7 @@ def _replay(
 
 def differences(database: Database, lake: Lake, table: str, key: Sequence[str] | None = None) -> str:
     """Return how Postgres, the warehouse and (with `key`) the replayed history differ; '' if they do not."""
-    source = source_rows(database, table)
+    source = source_rows(database, lake, table)
     found = []
     sides = {"warehouse": mirrored_rows(database, lake, table)}
     if key is not None:

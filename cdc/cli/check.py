@@ -11,12 +11,13 @@ import click
 
 from cdc.cli.options import with_settings
 from cdc.errors import CdcError, SettingsError, WarehouseBusy
-from cdc.refusals import refuse
+from cdc.refusals import refuse, refuse_choices
 from cdc.settings import Settings
 from cdc.sink.checkpoint import Checkpoint
 from cdc.sink.reader import reading, rows
 from cdc.source import publication, slot
 from cdc.source.connection import Connection, connect, connect_replication
+from cdc.source.declared import DeclaredTypes
 from cdc.source.preflight import Expected, Finding, findings, notes
 
 __all__ = ["check"]
@@ -25,7 +26,7 @@ PATIENCE_S = 10.0
 
 
 @click.command()
-@with_settings("dsn", "warehouse", "history", "slot", "publication", "tables", "exclude", "mask", "mask_key")
+@with_settings("dsn", "warehouse", "history", "slot", "publication", "tables", "exclude", "mask", "mask_key", "types")
 def check(settings: Settings) -> None:
     r"""Look for everything that would stop the consumer or do harm, each with what puts it right.
 
@@ -74,10 +75,11 @@ def _warehouse(settings: Settings, connection: Connection) -> Iterator[Finding]:
 
 
 def _columns(settings: Settings, connection: Connection) -> Iterator[Finding]:
-    """Look whether CDC_EXCLUDE and CDC_MASK can be kept."""
+    """Look whether CDC_EXCLUDE, CDC_MASK and CDC_TYPES can be kept."""
     try:
         coming = publication.coming(connection, settings.publication, settings.tables)
         publication.refuse_columns(connection, settings.publication, coming, settings.exclude, settings.masks)
+        refuse_choices(coming, settings.choices, DeclaredTypes(settings.dsn))
     except SettingsError as error:
         yield Finding("error", str(error), error.hint)
 

@@ -17,7 +17,7 @@ from cdc.errors import SinkError
 from cdc.lsn import format_lsn
 from cdc.settings import Settings
 from cdc.sink.reader import reading, rows
-from cdc.sink.warehouse import quote
+from cdc.sink.warehouse import folded, quote
 from cdc.source import slot
 from cdc.source.connection import connect, translated
 
@@ -113,18 +113,25 @@ def _warehouse(settings: Settings) -> dict[str, Any]:
         for lsn, commit_ts, as_of in rows(ask("SELECT lsn, commit_ts, epoch(as_of) FROM _cdc.checkpoint")):
             empty |= {"checkpoint": (lsn, commit_ts), "as_of": as_of}
         ((database,),) = rows(ask("SELECT current_database()"))
-        here = set(rows(ask("SELECT schema_name, table_name FROM duckdb_tables()")))
-        for schema, name, state, reason, changed in rows(
-            ask("SELECT schema_name, table_name, state, reason, last_change_ts FROM _cdc.tables ORDER BY 1, 2")
+        there = {folded(*names) for names in rows(ask("SELECT schema_name, table_name FROM duckdb_tables()"))}
+        aliases = "SELECT 1 FROM duckdb_columns() WHERE schema_name = '_cdc' AND column_name = 'alias'"
+        alias_of = "alias" if rows(ask(aliases)) else "''"  # an earlier version has written it
+        for schema, name, alias, state, reason, changed in rows(
+            ask(
+                f"SELECT schema_name, table_name, {alias_of}, state, reason, last_change_ts FROM _cdc.tables "
+                "ORDER BY 1, 2"
+            )
         ):
-            counted = f"SELECT count(*) FROM {quote(database, schema, name)}"
+            here = (schema, alias or name)
+            counted = f"SELECT count(*) FROM {quote(database, *here)}"
             empty["tables"].append(
                 {
                     "schema": schema,
                     "name": name,
                     "state": state,
                     "reason": reason,
-                    "rows": rows(ask(counted))[0][0] if (schema, name) in here else None,
+                    "alias": alias or None,
+                    "rows": rows(ask(counted))[0][0] if folded(*here) in there else None,
                     "last_change_ts": changed,
                 }
             )
@@ -158,7 +165,7 @@ def _print(found: dict[str, Any]) -> None:
     tables = Table(*(Column(name, overflow="fold") for name in ("table", "state", "rows", "last change", "reason")))
     for table in found["tables"]:
         rows = "-" if table["rows"] is None else f"{table['rows']:,}"
-        name = f"{table['schema']}.{table['name']}"
+        name = f"{table['schema']}.{table['name']}" + (f" as {table['alias']}" if table["alias"] else "")
         tables.add_row(name, table["state"], rows, table["last_change_ts"] or "-", table["reason"])
     console.print(tables)
 

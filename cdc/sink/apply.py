@@ -11,7 +11,7 @@ same transaction, is what keeps that from happening.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import duckdb
 import numpy as np
@@ -21,12 +21,12 @@ import pyarrow as pa
 from cdc.errors import TableError
 from cdc.failpoints import reach
 from cdc.pgoutput.changes import TableChanges
-from cdc.pgoutput.types import column_type
+from cdc.pgoutput.types import ColumnType, column_type
 from cdc.sink import quarantine, rows
 from cdc.sink.checkpoint import Table
 from cdc.sink.history import as_log
-from cdc.sink.schema import DELETED_AT, folded
-from cdc.sink.warehouse import Warehouse, quote
+from cdc.sink.holding import DELETED_AT
+from cdc.sink.warehouse import Warehouse, folded, quote
 
 __all__ = ["LOCAL_ROWS", "LOOK_UP_BYTES", "apply", "insert", "of_table"]
 
@@ -40,23 +40,27 @@ DuckDB 2.0.0 overwrites memory, of other tables too, when a DELETE or UPDATE joi
 kinds. So each kind has a statement of its own.
 """
 
-# Types that DuckDB's Arrow export gives back as something else than what the decoder makes of them.
-_AS_TEXT = ("JSON", "UUID")
-
 
 def apply(
-    warehouse: Warehouse, table: Table, target: str, changes: TableChanges, log: Callable[[pa.Table], None] | None
+    warehouse: Warehouse,
+    table: Table,
+    target: str,
+    changes: TableChanges,
+    log: Callable[[pa.Table], None] | None,
+    *,
+    limit: int,
 ) -> None:
     """Apply `changes` to the DuckDB table `target` (quoted).
 
     Args:
         table: whose changes these are, and how its deletes are kept.
         log: takes the resolved changes for the history; None: they are in there already.
+        limit: so many values of a column that do not fit may be in quarantine.
 
     Raises:
         TableError: this table cannot be brought to where Postgres has it.
     """
-    work = _Work(warehouse, table, target)
+    work = _Work(warehouse, table, target, limit)
     with of_table(table):
         for segment in rows.segments(changes):
             if segment.op[0] == rows.TRUNCATE:
@@ -81,14 +85,19 @@ def of_table(table: Table) -> Iterator[None]:
         raise TableError(f"table {table} cannot be applied: {reason}", table.oid, f"cdc resync {table}") from error
 
 
+# Names of working columns beside those of a table: longer than any name in Postgres.
+_N, _AT, _ASIDE = (f"_cdc_{name}".ljust(70, "_") for name in ("n", "at", "aside"))
+
+
 class _Work:
     """One table's part of one batch."""
 
-    def __init__(self, warehouse: Warehouse, table: Table, target: str) -> None:
+    def __init__(self, warehouse: Warehouse, table: Table, target: str, limit: int) -> None:
         self.warehouse = warehouse
         self.table = table
         self.target = target
         self.soft = table.deletes == "soft"
+        self.limit = limit
 
     def truncate(self, commit_ts: int) -> None:
         if self.soft:
@@ -123,12 +132,8 @@ class _Work:
         """Return about how much the unchanged values of `changes` are in the warehouse."""
         asking = np.flatnonzero(np.logical_or.reduce(list(changes.unchanged.values())))
         keyed = np.where(changes.op[asking] == rows.INSERT, asking - 1, asking)  # an I follows the D of the old key
-        sizes = [
-            f"coalesce({'octet_length' if _kind(changes, i) == 'BLOB' else 'strlen'}(t.{name}), 0)"
-            for i in changes.unchanged
-            if (name := quote(changes.relation.columns[i].name)) and _kind(changes, i) in ("VARCHAR", "BLOB", "JSON")
-        ]
-        if not sizes or not changes.relation.key:
+        sizes = [_size(changes, i) for i in changes.unchanged]
+        if not changes.relation.key:
             return 0
         with self.warehouse.view("_need", self._keys(changes, keyed)):
             ((size,),) = self.warehouse.execute(
@@ -169,20 +174,15 @@ class _Work:
         self, changes: TableChanges, asked: npt.NDArray[np.int64], wanted: Sequence[int]
     ) -> dict[int, pa.Array]:
         """Return, per column index in `wanted`, the warehouse's values of the rows with the keys of rows `asked`."""
-        need = self._keys(changes, asked).append_column("_cdc_n", pa.array(np.arange(len(asked))))
-        names = {i: quote(changes.relation.columns[i].name) for i in wanted}
-        kinds = {i: _kind(changes, i) for i in wanted}
-        picks = ", ".join(
-            f"CAST(t.{names[i]} AS VARCHAR) AS c{i}" if kinds[i] in _AS_TEXT else f"t.{names[i]} AS c{i}"
-            for i in wanted
-        )
+        need = self._keys(changes, asked).append_column(_N, pa.array(np.arange(len(asked))))
+        picks = ", ".join(f"{_kind(changes, i).unload(f't.{_name(changes, i)}')} AS c{i}" for i in wanted)
         with self.warehouse.view("_need", need):
             found = self.warehouse.arrow(
-                f"SELECT n._cdc_n, {picks} FROM {self._keyed('_need', changes, '_cdc_n')} n JOIN {self.target} t "
+                f"SELECT n.{_N}, {picks} FROM {self._keyed('_need', changes, _N)} n JOIN {self.target} t "
                 f"ON {self._match(changes, 'n')}"
             )
         # Not by DuckDB, which needs the memory for all of it twice to sort long values.
-        found = found.take(pa.array(np.argsort(found["_cdc_n"].to_numpy())))
+        found = found.take(pa.array(np.argsort(found[_N].to_numpy())))
         if found.num_rows != len(asked):
             raise self._missing(len(asked) - found.num_rows)
         return {i: _one(found[f"c{i}"]).cast(changes.columns[i].type) for i in wanted}
@@ -190,10 +190,10 @@ class _Work:
     def write(self, changes: TableChanges) -> None:
         """Bring the target to where resolved `changes` leave it."""
         op = changes.op
-        quarantine.record(self.warehouse, self.table, changes)
+        quarantine.record(self.warehouse, self.table, changes, self.limit)
         new = self._told_of_absence or not changes.relation.key
         if not self.soft and new and (op == rows.INSERT).all():
-            insert(self.warehouse, self.target, _relation_table(changes, None))
+            self._insert(changes, None, None)
         elif changes.relation.key:
             self._write_keyed(changes)
         else:
@@ -230,42 +230,57 @@ class _Work:
         gone = np.flatnonzero(changes.op == rows.DELETE)
         if not len(gone):
             return
-        if b"rowid" in folded(*(column.name for column in changes.relation.columns)):
-            raise TableError(
-                f"column rowid of {self.table} hides DuckDB's row numbers, which tell equal rows apart",
-                self.table.oid,
-                "rename the column, or give the table a primary key in place of REPLICA IDENTITY FULL",
-            )
-        names = [quote(column.name) for column in changes.relation.columns]
-        equal = " AND ".join(f"a.{name} IS NOT DISTINCT FROM g.{name}" for name in names)
-        every = ", ".join(names)
-        table = _relation_table(changes, gone).append_column("_cdc_at", pa.array(changes.commit_ts[gone]))
+        taken = self._take_equal(changes, gone)
+        if taken != len(gone):
+            raise self._missing(len(gone) - taken)
+
+    def _take_equal(self, changes: TableChanges, gone: npt.NDArray[np.int64]) -> int:
+        """Delete one row of the target for each of the rows `gone`; return how many there were."""
+        hidden = next((c.name for c in changes.relation.columns if folded(c.name) == folded("rowid")), None)
+        if hidden is None:
+            return self._take_by_number(changes, gone, {})
+        # A column of that name hides DuckDB's row numbers, which tell equal rows apart.
+        self.warehouse.execute(f"ALTER TABLE {self.target} RENAME COLUMN {quote(hidden)} TO {quote(_ASIDE)}")
+        taken = self._take_by_number(changes, gone, {hidden: _ASIDE})
+        self.warehouse.execute(f"ALTER TABLE {self.target} RENAME COLUMN {quote(_ASIDE)} TO {quote(hidden)}")
+        return taken
+
+    def _take_by_number(self, changes: TableChanges, gone: npt.NDArray[np.int64], renamed: Mapping[str, str]) -> int:
+        every = range(len(changes.relation.columns))
+        names = [column.name for column in changes.relation.columns]
+        exact = {i: _kind(changes, i).exact(f"a.{quote(renamed.get(names[i], names[i]))}") for i in every}
+        equal = " AND ".join(f"{exact[i]} IS NOT DISTINCT FROM g.c{i}" for i in every)
+        same = " AND ".join(f"a.c{i} IS NOT DISTINCT FROM g.c{i}" for i in every)
+        codes = ", ".join(f"c{i}" for i in every)
+        given = ", ".join(
+            _kind(changes, i).exact(_kind(changes, i).load(_name(changes, i))) + f" AS c{i}" for i in every
+        )
+        picks = ", ".join(f"{exact[i]} AS c{i}" for i in every)
+        table = _relation_table(changes, gone).append_column(_AT, pa.array(changes.commit_ts[gone]))
         with self.warehouse.view("_gone", table):
             self.warehouse.execute(
                 f"""CREATE OR REPLACE TEMP TABLE _taken AS
                 WITH gone AS (
-                    SELECT *, row_number() OVER (PARTITION BY {every} ORDER BY _cdc_at) AS _cdc_nth
-                    FROM (SELECT {self._casts(changes, range(len(names)))}, _cdc_at FROM _gone)),
+                    SELECT *, row_number() OVER (PARTITION BY {codes} ORDER BY moment) AS nth
+                    FROM (SELECT {given}, {_AT} AS moment FROM _gone)),
                 alive AS (
-                    SELECT rowid AS _cdc_row, {every},
-                        row_number() OVER (PARTITION BY {every} ORDER BY rowid) AS _cdc_nth
-                    FROM (SELECT a.rowid, a.* FROM {self.target} a SEMI JOIN gone g ON {equal}
+                    SELECT *, row_number() OVER (PARTITION BY {codes} ORDER BY place) AS nth
+                    FROM (SELECT a.rowid AS place, {picks} FROM {self.target} a SEMI JOIN gone g ON {equal}
                         {f"WHERE a.{quote(DELETED_AT)} IS NULL" if self.soft else ""}))
-                SELECT a._cdc_row, make_timestamptz(g._cdc_at) AS _cdc_stamp
-                FROM alive a JOIN gone g ON {equal} AND a._cdc_nth = g._cdc_nth"""
+                SELECT a.place, make_timestamptz(g.moment) AS stamp
+                FROM alive a JOIN gone g ON {same} AND a.nth = g.nth"""
             )
         taken = 0
-        for kind in (f"_cdc_row < {LOCAL_ROWS}", f"_cdc_row >= {LOCAL_ROWS}"):
+        for kind in (f"place < {LOCAL_ROWS}", f"place >= {LOCAL_ROWS}"):
             rows_of_kind = f"(SELECT * FROM _taken WHERE {kind})"
             if self.soft:
-                sql = f"UPDATE {self.target} AS t SET {quote(DELETED_AT)} = k._cdc_stamp FROM {rows_of_kind} k"
+                sql = f"UPDATE {self.target} AS t SET {quote(DELETED_AT)} = k.stamp FROM {rows_of_kind} k"
             else:
                 sql = f"DELETE FROM {self.target} AS t USING {rows_of_kind} k"
-            ((count,),) = self.warehouse.execute(f"{sql} WHERE t.rowid = k._cdc_row")
+            ((count,),) = self.warehouse.execute(f"{sql} WHERE t.rowid = k.place")
             taken += count
         self.warehouse.execute("DROP TABLE _taken")
-        if taken != len(gone):
-            raise self._missing(len(gone) - taken)
+        return taken
 
     def _delete(self, changes: TableChanges, which: npt.NDArray[np.int64]) -> None:
         if len(which):
@@ -278,25 +293,30 @@ class _Work:
     def _mark(self, changes: TableChanges, which: npt.NDArray[np.int64]) -> None:
         """Soft-delete the rows with the keys of rows `which`."""
         if len(which):
-            keys = self._keys(changes, which).append_column("_cdc_at", pa.array(changes.commit_ts[which]))
+            keys = self._keys(changes, which).append_column(_AT, pa.array(changes.commit_ts[which]))
             with self.warehouse.view("_keys", keys):
                 self.warehouse.execute(
-                    f"UPDATE {self.target} AS t SET {quote(DELETED_AT)} = make_timestamptz(k._cdc_at) "
-                    f"FROM {self._keyed('_keys', changes, '_cdc_at')} k "
+                    f"UPDATE {self.target} AS t SET {quote(DELETED_AT)} = make_timestamptz(k.{_AT}) "
+                    f"FROM {self._keyed('_keys', changes, _AT)} k "
                     f"WHERE {self._match(changes, 'k')} AND t.{quote(DELETED_AT)} IS NULL"
                 )
 
     def _insert(
-        self, changes: TableChanges, which: npt.NDArray[np.int64], deleted_at: npt.NDArray[np.int64] | None
+        self, changes: TableChanges, which: npt.NDArray[np.int64] | None, deleted_at: npt.NDArray[np.int64] | None
     ) -> None:
-        """Insert rows `which`; `deleted_at`: microseconds since 1970 UTC, -1 for a living row; None: no such column."""
-        if not len(which):
+        """Insert rows `which` (None: all).
+
+        Args:
+            deleted_at: microseconds since 1970 UTC, -1 for a living row; None: there is no such column.
+        """
+        if which is not None and not len(which):
             return
         table = _relation_table(changes, which)
+        kinds = {column.name: column_type(column.type_oid, column.typmod) for column in changes.relation.columns}
         if deleted_at is not None:
             stamps = pa.array(deleted_at, mask=deleted_at < 0).cast(pa.timestamp("us", "UTC"))
             table = table.append_column(DELETED_AT, stamps)
-        insert(self.warehouse, self.target, table)
+        insert(self.warehouse, self.target, table, kinds)
 
     def _keys(self, changes: TableChanges, which: npt.NDArray[np.int64]) -> pa.Table:
         key = changes.relation.key
@@ -311,11 +331,7 @@ class _Work:
         return " AND ".join(f"t.{name} = {alias}.{name}" for name in names)
 
     def _casts(self, changes: TableChanges, which: Iterable[int]) -> str:
-        parts = []
-        for i in which:
-            name, kind = quote(changes.relation.columns[i].name), _kind(changes, i)
-            parts.append(f"CAST({name} AS {kind}) AS {name}" if kind in _AS_TEXT else name)
-        return ", ".join(parts)
+        return ", ".join(f"{_kind(changes, i).load(_name(changes, i))} AS {_name(changes, i)}" for i in which)
 
     def _missing(self, count: int) -> TableError:
         return TableError(
@@ -325,11 +341,16 @@ class _Work:
         )
 
 
-def insert(warehouse: Warehouse, target: str, table: pa.Table) -> None:
-    """Insert all rows of `table` into `target` (quoted), by column name; DuckDB casts text to UUID and JSON."""
+def insert(warehouse: Warehouse, target: str, table: pa.Table, kinds: Mapping[str, ColumnType]) -> None:
+    """Insert all rows of `table` into `target` (quoted), by column name.
+
+    Args:
+        kinds: by name, how columns are held; others are as Arrow has them.
+    """
     names = ", ".join(quote(name) for name in table.column_names)
+    values = ", ".join(kinds[n].load(quote(n)) if n in kinds else quote(n) for n in table.column_names)
     with warehouse.view("_rows", table):
-        warehouse.execute(f"INSERT INTO {target} ({names}) SELECT {names} FROM _rows")
+        warehouse.execute(f"INSERT INTO {target} ({names}) SELECT {values} FROM _rows")
 
 
 def _relation_table(changes: TableChanges, which: npt.NDArray[np.int64] | None) -> pa.Table:
@@ -338,10 +359,22 @@ def _relation_table(changes: TableChanges, which: npt.NDArray[np.int64] | None) 
     return pa.table(changes.columns if which is None else [c.take(which) for c in changes.columns], names=names)
 
 
-def _kind(changes: TableChanges, index: int) -> str:
-    """Return the DuckDB type of a column."""
+def _name(changes: TableChanges, index: int) -> str:
+    return quote(changes.relation.columns[index].name)
+
+
+def _kind(changes: TableChanges, index: int) -> ColumnType:
+    """Return how a column is held."""
     column = changes.relation.columns[index]
-    return column_type(column.type_oid, column.typmod).duckdb
+    return column_type(column.type_oid, column.typmod)
+
+
+def _size(changes: TableChanges, index: int) -> str:
+    """Return SQL for about how many bytes a column's value in the warehouse takes."""
+    name, kind = f"t.{_name(changes, index)}", _kind(changes, index).duckdb
+    if kind == "BLOB":
+        return f"coalesce(octet_length({name}), 0)"
+    return f"coalesce(strlen({name if kind == 'VARCHAR' else f'CAST({name} AS VARCHAR)'}), 0)"
 
 
 def _one(column: pa.ChunkedArray) -> pa.Array:

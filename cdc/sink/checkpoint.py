@@ -29,12 +29,13 @@ from typing import Any, Literal
 
 from cdc.errors import SinkError, StateError
 from cdc.lsn import format_lsn
+from cdc.pgoutput.types import TEXT, Basis, ColumnType, column_type
 from cdc.sink.history import HistoryFile
 from cdc.sink.warehouse import Warehouse
 
 __all__ = ["FORMAT", "Checkpoint", "Ledger", "SchemaChange", "State", "StoredColumn", "Table"]
 
-FORMAT = 2
+FORMAT = 3
 """Version of the ``_cdc`` schema that this code writes."""
 
 State = Literal["pending", "copying", "streaming", "resyncing", "dropped", "error"]
@@ -49,7 +50,7 @@ CREATE TABLE _cdc.tables (
     schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, oid UINTEGER NOT NULL, storage VARCHAR NOT NULL,
     state VARCHAR NOT NULL, reason VARCHAR NOT NULL, copy_lsn UBIGINT, columns VARCHAR NOT NULL,
     natts INTEGER NOT NULL, types VARCHAR NOT NULL, deletes VARCHAR NOT NULL, publication VARCHAR NOT NULL,
-    last_change_ts TIMESTAMPTZ,
+    alias VARCHAR NOT NULL, widened VARCHAR NOT NULL, last_change_ts TIMESTAMPTZ,
     requested BOOLEAN NOT NULL DEFAULT false);
 CREATE TABLE _cdc.quarantine (
     schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, column_name VARCHAR NOT NULL, key VARCHAR,
@@ -80,8 +81,16 @@ _UPGRADES = {
         "ALTER TABLE _cdc.schema_changes ADD COLUMN old_name VARCHAR",
         "ALTER TABLE _cdc.schema_changes ADD COLUMN new_name VARCHAR",
         "ALTER TABLE _cdc.schema_changes ADD COLUMN default_value VARCHAR",
-    )
+    ),
+    2: (
+        "ALTER TABLE _cdc.tables ADD COLUMN alias VARCHAR DEFAULT ''",
+        "ALTER TABLE _cdc.tables ADD COLUMN widened VARCHAR DEFAULT '[]'",
+    ),
 }
+
+_FORMAT_WITH_FEW_TYPES = 2
+# What format 2 held as more than text: bool, bytea, numbers, text, json, date and time, uuid.
+_TYPES_OF_2 = {16, 17, 18, 19, 20, 21, 23, 25, 114, 700, 701, 1042, 1043, 1082, 1083, 1114, 1184, 1700, 2950, 3802}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,9 +114,11 @@ class StoredColumn:
     """A column as the warehouse has it, with what it was in Postgres.
 
     Attributes:
-        type_oid, typmod: of what is here: a column that is masked by digests is text.
+        type_oid, typmod: of a column that is masked by digests, which is text, those of text.
         attnum: pg_attribute.attnum: it tells a renamed column from a dropped and an added one.
         mask: `Mask.label`; '': it is not masked.
+        alias: its name here, where that is another.
+        held_as: the built-in type as which it is held, where that is another.
     """
 
     name: str
@@ -115,6 +126,29 @@ class StoredColumn:
     typmod: int
     attnum: int
     mask: str = ""
+    alias: str = ""
+    held_as: Basis | None = None
+
+    @property
+    def here(self) -> str:
+        """Its name in DuckDB and in the change log."""
+        return self.alias or self.name
+
+    @property
+    def basis(self) -> Basis:
+        """The built-in type as which it is held."""
+        return self.held_as or Basis(self.type_oid, self.typmod)
+
+    @property
+    def kind(self) -> ColumnType:
+        """How it is held."""
+        return column_type(*self.basis)
+
+    @classmethod
+    def read(cls, values: Sequence[Any]) -> StoredColumn:
+        """Return the column that `_cdc.tables` has, as JSON; earlier formats had fewer values of it."""
+        read = cls(*values)
+        return dataclasses.replace(read, held_as=Basis(*read.held_as)) if read.held_as else read
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -129,8 +163,9 @@ class Table:
         types: `TableDefinition.types`, as they were when the table was last found to print as before.
         deletes: hard or soft, as it was when the table was copied.
         publication: by which entries of which publications it is published, and what these publish (reconcile.py writes
-            it): as that changes,
-            so does what comes of it in the stream.
+            it): as that changes, so does what comes of it in the stream.
+        alias: its name here, where that is another.
+        widened: attnums of columns that are held as text, because their type here cannot hold what they have.
     """
 
     oid: int
@@ -145,6 +180,13 @@ class Table:
     types: str = "{}"
     deletes: str = "hard"
     publication: str = ""
+    alias: str = ""
+    widened: tuple[int, ...] = ()
+
+    @property
+    def here(self) -> tuple[str, str]:
+        """Its schema and name in DuckDB and in the change log."""
+        return self.schema, self.alias or self.name
 
     @property
     def publishes(self) -> frozenset[str]:
@@ -216,19 +258,33 @@ class Ledger:
             self.checkpoint = Checkpoint(*row)
         for row in run(
             "SELECT oid, schema_name, table_name, state, reason, storage, copy_lsn, columns, natts, types, "
-            "deletes, publication FROM _cdc.tables"
+            "deletes, publication, alias, widened FROM _cdc.tables"
         ):
             oid, schema, name, state, reason, storage, copy_lsn, columns, *rest = row
-            stored = tuple(StoredColumn(*column) for column in json.loads(columns))
-            self.tables[oid] = Table(oid, schema, name, state, reason, storage, copy_lsn, stored, *rest)
+            stored = tuple(StoredColumn.read(column) for column in json.loads(columns))
+            *rest, widened = rest
+            table = Table(oid, schema, name, state, reason, storage, copy_lsn, stored, *rest)
+            self.tables[oid] = dataclasses.replace(table, widened=tuple(json.loads(widened)))
 
     def _upgrade(self, found: int) -> None:
         self._warehouse.begin()
         for old in range(found, FORMAT):
             for statement in _UPGRADES[old]:
                 self._warehouse.execute(statement)
+            if old == _FORMAT_WITH_FEW_TYPES:
+                self._hold_as_before()
         self._warehouse.execute("UPDATE _cdc.meta SET format = ?", [FORMAT])
         self._warehouse.commit()
+
+    def _hold_as_before(self) -> None:
+        """Note which columns are text here, though today they would not be: a copy will make the difference."""
+        for oid, columns in self._warehouse.execute("SELECT oid, columns FROM _cdc.tables"):
+            held = [StoredColumn.read(column) for column in json.loads(columns)]
+            text = [dataclasses.replace(c, held_as=TEXT) if c.type_oid not in _TYPES_OF_2 else c for c in held]
+            self._warehouse.execute(
+                "UPDATE _cdc.tables SET columns = ? WHERE oid = ?",
+                [json.dumps(list(map(dataclasses.astuple, text))), oid],
+            )
 
     def create(self, checkpoint: Checkpoint) -> None:
         """Make ``_cdc`` anew, with `checkpoint` as its first; what an earlier one held is gone."""
@@ -275,16 +331,19 @@ class Ledger:
         columns = json.dumps([dataclasses.astuple(column) for column in table.columns])
         values: list[Any] = [
             *(table.schema, table.name, table.storage, table.state, table.reason, table.copy_lsn),
-            *(columns, table.natts, table.types, table.deletes, table.publication, table.oid),
+            *(columns, table.natts, table.types, table.deletes, table.publication, table.alias),
+            *(json.dumps(table.widened), table.oid),
         ]
         if not self._warehouse.execute(
             "UPDATE _cdc.tables SET schema_name = ?, table_name = ?, storage = ?, state = ?, reason = ?, "
-            "copy_lsn = ?, columns = ?, natts = ?, types = ?, deletes = ?, publication = ? WHERE oid = ? RETURNING 1",
+            "copy_lsn = ?, columns = ?, natts = ?, types = ?, deletes = ?, publication = ?, alias = ?, widened = ? "
+            "WHERE oid = ? RETURNING 1",
             values,
         ):
             self._warehouse.execute(
                 "INSERT INTO _cdc.tables (schema_name, table_name, storage, state, reason, copy_lsn, columns, "
-                "natts, types, deletes, publication, oid) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "natts, types, deletes, publication, alias, widened, oid) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 values,
             )
         self.tables[table.oid] = table

@@ -12,29 +12,24 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow as pa
 
-from cdc.errors import TableError
+from cdc.errors import Resync, TableError
 from cdc.failpoints import reach
-from cdc.pgoutput.masks import Masks
 from cdc.pgoutput.messages import Relation
-from cdc.pgoutput.types import column_type
 from cdc.sink import quarantine, schema
 from cdc.sink.apply import of_table
 from cdc.sink.checkpoint import Ledger, SchemaChange, StoredColumn, Table
 from cdc.sink.history import History, as_log
-from cdc.sink.schema import DELETED_AT, Change, LiveTable, refuse_renamed
+from cdc.sink.holding import DELETED_AT, Holding, table_alias
+from cdc.sink.schema import Change, LiveTable, refuse_renamed
 from cdc.sink.view import View, refresh
-from cdc.sink.warehouse import Warehouse, quote
+from cdc.sink.warehouse import Warehouse, folded, quote
 
-__all__ = ["COPY_SEQ", "Evolution", "Moment", "Resync", "truncation"]
+__all__ = ["COPY_SEQ", "Evolution", "Moment", "truncation"]
 
 COPY_SEQ = -(1 << 59)
 """_seq of a copy's T row; its S rows follow from COPY_SEQ + 1 on, all negative."""
 
 _CHUNK_ROWS = 100_000
-
-
-class Resync(TableError):
-    """The stream alone can no longer make this table right: it has to be copied again."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,21 +57,22 @@ class Evolution:
         ledger: Ledger,
         history: History,
         live: Callable[[int], LiveTable | None],
-        masks: Masks,
+        holding: Holding,
         view: View | None,
     ) -> None:
         """Create one.
 
         Args:
             live: returns the published table with an OID as the catalog has it now, None if it is gone.
-            masks: CDC_MASK.
+            holding: how columns are held.
             view: kept in step with its table.
         """
         self._warehouse = warehouse
         self._ledger = ledger
         self._history = history
         self._live = live
-        self._masks = masks
+        self._masks = holding.masks
+        self._holding = holding
         self._view = view
         self._viewed: int | None = None
         self._followed: list[tuple[Table, str]] = []
@@ -93,7 +89,7 @@ class Evolution:
 
     def logged(self, table: Table, lsn: int) -> None:
         """Note that the history has changes under this name up to `lsn`."""
-        self._logged[table.schema, table.name] = lsn
+        self._logged[table.here] = lsn
 
     def follow(
         self, table: Table, relation: Relation, target: str, moment: Moment, live: LiveTable | None = None
@@ -111,17 +107,18 @@ class Evolution:
         """
         if schema.same(table.columns, relation):
             return table
-        plan = schema.plan(target, table, relation, live or self._live(relation.oid))
+        plan = schema.plan(target, table, relation, live or self._live(relation.oid), self._holding)
         if plan is None:
             raise Resync(f"the definition of {table} changed in a way that needs a new copy", table.oid)
-        schema.refuse(table, plan.columns, soft=table.deletes == "soft", logged=self._history.root is not None)
+        schema.refuse(table, plan.columns)
         with of_table(table):
-            for statement, parameters in plan.statements:
-                self._warehouse.execute(statement, parameters)
+            for statement, value in plan.statements:
+                with self._warehouse.view("_value", pa.table({"value": [] if value is None else value})):
+                    self._warehouse.execute(statement)
                 reach("during_ddl_apply")
         names = {c.old_name: c.new_name for c in plan.changes if c.old_name is not None and c.new_name is not None}
         left = {column.attnum for column in plan.columns}
-        quarantine.forget_columns(self._warehouse, table, [c.name for c in table.columns if c.attnum not in left])
+        quarantine.forget_columns(self._warehouse, table, [c.here for c in table.columns if c.attnum not in left])
         quarantine.rename_columns(self._warehouse, table, names)
         table = dataclasses.replace(table, columns=plan.columns, natts=plan.natts)
         if plan.rewritten and table.state == "streaming":
@@ -154,63 +151,61 @@ class Evolution:
         )
         if any(name.startswith(f"{'.'.join(names)}.") for name in self._masks):
             raise Resync(f"{table} is {'.'.join(names)} now, which has masks", table.oid)
-        if self._history.root is not None and self._logged.get(names) == moment.lsn:
+        alias = table_alias(self._ledger.tables.values(), table.oid, *names)
+        renamed = dataclasses.replace(table, schema=names[0], name=names[1], alias=alias)
+        if self._history.root is not None and self._logged.get(renamed.here) == moment.lsn:
             raise Resync(f"{table} is {'.'.join(names)} now, a name that the same transaction used before", table.oid)
-        self.make_room(table.oid, *names)
-        renamed = dataclasses.replace(table, schema=names[0], name=names[1])
+        self.make_room(renamed)
         self.move(table, renamed, target)
         quarantine.rename_table(self._warehouse, table, names)
         self._ledger.put(renamed)
-        self._note(renamed, moment, Change(f"table {table} renamed to {renamed}"))
+        known = f", which is {'.'.join(renamed.here)} here" if alias else ""
+        self._note(renamed, moment, Change(f"table {table} renamed to {renamed}{known}"))
         self._log_rows(renamed, moment)
         self.show(renamed, of=str(table))
         return renamed
 
     def move(self, table: Table, renamed: Table, source: str) -> None:
         """Give the DuckDB table `source` (quoted) the names of `renamed`."""
-        target = self._warehouse.name(renamed.schema, renamed.name)
+        target = self._warehouse.name(*renamed.here)
         with of_table(table):
-            if schema.folded(renamed.schema) == schema.folded(table.schema):
+            if folded(renamed.schema) == folded(table.schema):
                 detour = f"_cdc_moved_{table.oid}"  # DuckDB ignores case: `t` is in the way of `T`
                 self._warehouse.execute(f"ALTER TABLE {source} RENAME TO {quote(detour)}")
                 source = self._warehouse.name(table.schema, detour)
-                self._warehouse.execute(f"ALTER TABLE {source} RENAME TO {quote(renamed.name)}")
+                self._warehouse.execute(f"ALTER TABLE {source} RENAME TO {quote(renamed.here[1])}")
             else:
                 self._warehouse.execute(f"CREATE SCHEMA IF NOT EXISTS {self._warehouse.name(renamed.schema)}")
                 self._warehouse.execute(f"CREATE TABLE {target} AS FROM {source}")
                 self._warehouse.execute(f"DROP TABLE {source}")
 
-    def make_room(self, oid: int, schema_name: str, name: str) -> None:
-        """Take the name from the table that has it here: one that is gone goes, one that has another name will tell.
+    def make_room(self, table: Table) -> None:
+        """Take a table's name here from what has it: what is gone goes, and what has another name by now will tell.
 
         Raises:
-            Resync: its name differs in nothing but case.
             TableError: it is none of ours.
         """
-        wanted = schema.folded(schema_name, name)
+        oid, wanted = table.oid, folded(*table.here)
         for other in list(self._ledger.tables.values()):
-            if other.oid == oid or schema.folded(other.schema, other.name) != wanted:
+            if other.oid == oid or folded(*other.here) != wanted:
                 continue
-            target = self._warehouse.name(other.schema, other.name)
+            target = self._warehouse.name(*other.here)
             if other.state == "dropped":  # and a table was created under its name, which has a new OID
                 self._warehouse.execute(f"DROP TABLE IF EXISTS {target}")
                 self._ledger.forget(other.oid)
                 quarantine.forget_table(self._warehouse, other)
             if other.state == "dropped" or other.copy_lsn is None:
                 continue
-            if (other.schema, other.name) != (schema_name, name):
-                # Is it this one's name, too? Then one of them has to be left out: the copy tells.
-                raise Resync(f"{schema_name}.{name} and {other} have the same name to DuckDB", oid)
-            aside = dataclasses.replace(other, name=f"_cdc_moved_{other.oid}")
+            aside = dataclasses.replace(other, name=f"_cdc_moved_{other.oid}", alias="")
             self._warehouse.execute(f"ALTER TABLE {target} RENAME TO {quote(aside.name)}")
             quarantine.rename_table(self._warehouse, other, (aside.schema, aside.name))
             if any(column.mask for column in other.columns):
                 reason = f"table {other} has another name now, and CDC_MASK goes by the old one"
                 aside = dataclasses.replace(aside, state="error", reason=reason)
             self._ledger.put(aside)
-        if schema.strangers(self._warehouse, self._ledger.tables.values(), [(schema_name, name)]):
+        if schema.strangers(self._warehouse, self._ledger.tables.values(), [table.here]):
             raise TableError(
-                f"DuckDB has a {schema_name}.{name} that cdc did not make and would have to replace",
+                f"DuckDB has a {'.'.join(table.here)} that cdc did not make and would have to replace",
                 oid,
                 "rename it, or leave the table out with CDC_TABLES; then `cdc resync` the table",
             )
@@ -226,16 +221,11 @@ class Evolution:
         """Begin the history of a table under its new name with a copy of what it has."""
         if self._history.root is None:
             return
-        self._history.write(table.schema, table.name, truncation(moment.lsn, table.columns))
-        kinds = [column_type(c.type_oid, c.typmod).arrow for c in table.columns]
-        picks = ", ".join(
-            f"CAST({quote(c.name)} AS VARCHAR)" if pa.types.is_string(kind) else quote(c.name)
-            for c, kind in zip(table.columns, kinds, strict=True)
-        )
+        self._history.write(*table.here, truncation(moment.lsn, table.columns))
+        kinds = [column.kind for column in table.columns]
+        picks = ", ".join(c.kind.unload(quote(c.here)) for c in table.columns)
         where = f"WHERE {quote(DELETED_AT)} IS NULL" if table.deletes == "soft" else ""
-        found = self._warehouse.batches(
-            f"SELECT {picks} FROM {self._warehouse.name(table.schema, table.name)} {where}", _CHUNK_ROWS
-        )
+        found = self._warehouse.batches(f"SELECT {picks} FROM {self._warehouse.name(*table.here)} {where}", _CHUNK_ROWS)
         seq = COPY_SEQ + 1
         for batch in found:
             n = batch.num_rows
@@ -245,11 +235,11 @@ class Evolution:
                 np.arange(seq, seq + n),
                 np.zeros(n, np.uint32),
                 np.full(n, moment.at, np.int64),
-                [column.name for column in table.columns],
-                [batch.column(i).cast(kind) for i, kind in enumerate(kinds)],
+                [column.here for column in table.columns],
+                [batch.column(i).cast(kind.arrow) for i, kind in enumerate(kinds)],
             )
             seq += n
-            file = self._history.describe(table.schema, table.name, log)
+            file = self._history.describe(*table.here, log)
             self._history.write_temporary(file, log)
             self._history.add([file])
         self.logged(table, moment.lsn)
@@ -262,7 +252,7 @@ class Evolution:
 
 def truncation(lsn: int, columns: tuple[StoredColumn, ...]) -> pa.Table:
     """Return the T row with which every copy begins, so that an emptied table replays too."""
-    nulls = {column.name: schema.nulls(column) for column in columns}
+    nulls = {column.here: schema.nulls(column) for column in columns}
     return as_log(
         np.array([ord("T")], np.uint8),
         np.array([lsn], np.uint64),

@@ -3,31 +3,35 @@
 An entry names the change (LSN and seq) by which a row came to hold the value, and its row by key, where it has one;
 `current` says whether the row still holds it. All of this takes a step per row, but only for tables that have such
 values. It is part of the transaction that applies the changes.
+
+A column with more such values than the limit becomes text (`Widen`), and so does a column of the key with the first.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
-from cdc.errors import TableError
+from cdc.errors import TableError, Widen
 from cdc.pgoutput.changes import TableChanges, Unfit
-from cdc.pgoutput.types import column_type
-from cdc.sink.checkpoint import Table
+from cdc.pgoutput.types import TEXT, ColumnType, column_type
+from cdc.sink.checkpoint import StoredColumn, Table
 from cdc.sink.rows import DELETE, Sources
-from cdc.sink.warehouse import Warehouse
+from cdc.sink.warehouse import Warehouse, quote
 
 __all__ = [
+    "check_copy",
     "forget_columns",
     "forget_copy",
     "forget_table",
     "inherit",
     "keep",
     "key_sql",
+    "key_texts",
     "record",
     "rename_columns",
     "rename_table",
@@ -36,6 +40,7 @@ __all__ = [
 
 _KINDS = (pa.string(), pa.string(), pa.string(), pa.uint64(), pa.int64(), pa.bool_())
 _HERE = "schema_name = ? AND table_name = ?"
+_N = "_cdc_n".ljust(70, "_")  # longer than any name in Postgres
 
 
 def inherit(warehouse: Warehouse, table: Table, changes: TableChanges, traced: Mapping[int, Sources]) -> None:
@@ -50,7 +55,7 @@ def inherit(warehouse: Warehouse, table: Table, changes: TableChanges, traced: M
         found = {row: known[donor] for row, donor in from_here if donor in known}
         absent = sources.donors < 0
         if absent.any() and _has_current(warehouse, table):
-            keys = _key_texts(changes)
+            keys = _key_texts(warehouse, changes)
             asked = {row: keys[at] for row, at in zip(sources.rows[absent], sources.keyed[absent], strict=True)}
             stored = _current(warehouse, table, changes.relation.columns[index].name, set(asked.values()))
             found |= {int(row): stored[key] for row, key in asked.items() if key in stored}
@@ -60,17 +65,24 @@ def inherit(warehouse: Warehouse, table: Table, changes: TableChanges, traced: M
             changes.unfit[:] = [*others, Unfit(index, np.array(list(texts), np.int64), list(texts.values()))]
 
 
-def record(warehouse: Warehouse, table: Table, changes: TableChanges) -> None:
+def record(warehouse: Warehouse, table: Table, changes: TableChanges, limit: int) -> None:
     """Keep what of `changes` does not fit; what they replace or delete is no longer current.
 
+    Args:
+        limit: so many values of a column, still held by rows, may be here.
+
     Raises:
-        TableError: such a value is in a key column, which can hold no NULL.
+        Widen: such a value is in a key column, which can hold no NULL, or there are too many of them in another.
+        TableError: a key column that is text has a value that is none.
     """
     has_current = _has_current(warehouse, table)
     if not changes.unfit and not has_current:
         return
-    _refuse_keys(table, changes)
-    keys = _key_texts(changes) if changes.relation.key else None
+    columns = {column.here: column for column in table.columns}
+    for unfit in changes.unfit:
+        if unfit.column in changes.relation.key:
+            raise _key_misfit(table, columns[changes.relation.columns[unfit.column].name])
+    keys = _key_texts(warehouse, changes) if changes.relation.key else None
     if has_current and keys is not None:
         with warehouse.view("_touched", pa.table({"key": pa.array(sorted(set(keys)))})):
             warehouse.execute(
@@ -91,6 +103,53 @@ def record(warehouse: Warehouse, table: Table, changes: TableChanges) -> None:
         if keys is None:
             for text, count in Counter(text for text, d in zip(unfit.texts, gone, strict=True) if d).items():
                 _take(warehouse, table, name, text, count)
+        _check_limit(warehouse, table, columns[name], limit, "current")
+
+
+def _key_misfit(table: Table, column: StoredColumn) -> TableError:
+    if column.basis != TEXT:
+        return _widen(table, column, "it identifies rows, and has a value")
+    return TableError(
+        f"key column {column.here} of {table} holds bytes that are no text: a row would have no key",
+        table.oid,
+        "the database has the encoding SQL_ASCII: leave the table out with CDC_TABLES, or mend what it holds",
+    )
+
+
+def _check_limit(warehouse: Warehouse, table: Table, column: StoredColumn, limit: int, which: str) -> None:
+    if column.basis == TEXT:
+        return  # no UTF-8: as text it does not fit any better
+    sql = f"SELECT count(*) FROM _cdc.quarantine WHERE {_HERE} AND column_name = ? AND {which}"
+    ((count,),) = warehouse.execute(sql, [table.schema, table.name, column.here])
+    if count > limit:
+        raise _widen(table, column, f"it has more than {limit} values")
+
+
+def _widen(table: Table, column: StoredColumn, why: str) -> Widen:
+    return Widen(
+        f"column {column.here} of {table} becomes text: {why} that {column.kind.duckdb} cannot hold",
+        table.oid,
+        f"once Postgres has no such values any more, `cdc resync {table}` gives the column its type back",
+        column.attnum,
+    )
+
+
+def check_copy(
+    warehouse: Warehouse, table: Table, columns: Iterable[StoredColumn], key: Collection[str], limit: int
+) -> None:
+    """Check what a copy that is being made has brought so far; see `record`.
+
+    Args:
+        columns: those of which it brought some.
+        key: names of the columns that identify a row.
+
+    Raises:
+        Widen, TableError: see `record`.
+    """
+    for column in columns:
+        if column.here in key:
+            raise _key_misfit(table, column)
+        _check_limit(warehouse, table, column, limit, "lsn = 0")
 
 
 def keep(warehouse: Warehouse, table: Table, entries: Sequence[tuple[str, str | None, str, int, int, bool]]) -> None:
@@ -187,34 +246,33 @@ def _take(warehouse: Warehouse, table: Table, name: str, text: str, count: int) 
     )
 
 
-def _refuse_keys(table: Table, changes: TableChanges) -> None:
-    for unfit in changes.unfit:
-        if unfit.column in changes.relation.key:
-            column = changes.relation.columns[unfit.column]
-            kind = column_type(column.type_oid, column.typmod).duckdb
-            raise TableError(
-                f"key column {column.name} of {table} holds a value that {kind} cannot: a row would have no key",
-                table.oid,
-                "leave the table out with CDC_TABLES, or give the column a type with a smaller range",
-            )
-
-
 def _texts(changes: TableChanges, index: int) -> dict[int, str]:
     """Return, by row, the texts of a column that do not fit."""
     found = (unfit for unfit in changes.unfit if unfit.column == index)
     return {row: text for unfit in found for row, text in zip(unfit.rows.tolist(), unfit.texts, strict=True)}
 
 
-def _key_texts(changes: TableChanges) -> list[str]:
-    """Return each row's key as a JSON object of texts."""
-    names = [changes.relation.columns[i].name for i in changes.relation.key]
-    columns = [changes.columns[i].to_pylist() for i in changes.relation.key]
-    rows_of_values = zip(*columns, strict=True)
-    return [json.dumps(dict(zip(names, map(str, values), strict=True))) for values in rows_of_values]
+def _key_texts(warehouse: Warehouse, changes: TableChanges) -> list[str]:
+    """Return each row's key as a JSON object of texts; '' for a TRUNCATE."""
+    key = [changes.relation.columns[i] for i in changes.relation.key]
+    rows = pa.table([changes.columns[i] for i in changes.relation.key], names=[column.name for column in key])
+    return key_texts(warehouse, rows, {column.name: column_type(column.type_oid, column.typmod) for column in key})
+
+
+def key_texts(warehouse: Warehouse, keys: pa.Table, kinds: Mapping[str, ColumnType]) -> list[str]:
+    """Return each row of `keys` as a JSON object of texts, as DuckDB prints them; '' where one is NULL.
+
+    Args:
+        kinds: by name, how the columns are held.
+    """
+    label = key_sql([(name, kinds[name].load(quote(name))) for name in keys.column_names])
+    with warehouse.view("_labelled", keys.append_column(_N, pa.array(np.arange(keys.num_rows)))):
+        found = warehouse.execute(f"SELECT coalesce({label}, '') FROM _labelled ORDER BY {_N}")
+    return [text for (text,) in found]
 
 
 def key_sql(columns: Sequence[tuple[str, str]]) -> str:
-    """Return SQL for the key of a row of the warehouse, as `_key_texts` writes it.
+    """Return SQL for the key of a row of the warehouse, as `key_texts` writes it.
 
     Args:
         columns: name and SQL value of each key column; none: the table has no key.

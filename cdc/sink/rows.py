@@ -83,12 +83,24 @@ def key_codes(columns: Sequence[pa.Array]) -> Rows:
     """Return a code for each row of the key `columns` (each of length n), int64[n]."""
     codes = np.zeros(len(columns[0]), np.int64)
     for column in columns:
-        # Postgres holds -0 and 0 to be one key.
-        plain = pc.add(column, 0.0) if pa.types.is_floating(column.type) else column
-        encoded = plain.dictionary_encode(null_encoding="encode")
+        encoded = _plain(column).dictionary_encode(null_encoding="encode")
         codes = codes * (len(encoded.dictionary) + 1) + encoded.indices.to_numpy(zero_copy_only=False)
         _, codes = np.unique(codes, return_inverse=True)  # small again, so that the next factor cannot overflow
     return codes
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    """Return `column` with values that are equal just where its own are, in a type that Arrow can encode."""
+    if pa.types.is_floating(column.type):
+        return pc.add(column, 0.0)  # Postgres holds -0 and 0 to be one key
+    if pa.types.is_struct(column.type):
+        return pa.array(key_codes(column.flatten()))
+    if pa.types.is_list(column.type):
+        elements = key_codes([column.flatten()]) if len(column.flatten()) else np.zeros(0, np.int64)
+        ends = np.cumsum(pc.fill_null(pc.list_value_length(column), 0).to_numpy())
+        bounds = pa.py_buffer(np.append(0, ends).astype(np.int32) * elements.itemsize)
+        return pa.Array.from_buffers(pa.binary(), len(column), [None, bounds, pa.py_buffer(elements)])
+    return column
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10,27 +10,23 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 import pyarrow as pa
 
 from cdc.errors import MaskError, TableError
 from cdc.pgoutput.masks import Mask, Masks, chosen, missing
 from cdc.pgoutput.messages import Column, Relation
-from cdc.pgoutput.types import column_type
 from cdc.sink.checkpoint import StoredColumn, Table
-from cdc.sink.history import META
+from cdc.sink.holding import DELETED_AT, Holding
 from cdc.sink.storage import rewritten
-from cdc.sink.warehouse import Warehouse, quote
+from cdc.sink.warehouse import Warehouse, folded, quote
 
 __all__ = [
-    "DELETED_AT",
     "Change",
     "LiveColumn",
     "LiveTable",
     "Plan",
     "create_table",
-    "folded",
     "identify",
     "masks_of",
     "nulls",
@@ -41,9 +37,6 @@ __all__ = [
     "stored_columns",
     "strangers",
 ]
-
-DELETED_AT = "_deleted_at"
-"""Column that CDC_DELETES=soft adds: when the row was deleted, NULL while it lives."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,14 +88,14 @@ class Plan:
     """How to follow a changed Relation.
 
     Attributes:
-        statements: ALTERs, in order, each with the parameters of its statement.
+        statements: in order: ALTERs, and UPDATEs, each with the one value that it finds as column value of _value.
         columns, natts: what the table has afterwards.
         changes: what to write down.
         rewritten: the table has new storage, so rows may have changed without a word in the stream: what the ALTERs
             leave is likely right, and a copy has to make sure.
     """
 
-    statements: tuple[tuple[str, tuple[Any, ...]], ...]
+    statements: tuple[tuple[str, pa.Array | None], ...]
     columns: tuple[StoredColumn, ...]
     natts: int
     changes: tuple[Change, ...]
@@ -111,7 +104,7 @@ class Plan:
 
 def strangers(warehouse: Warehouse, tables: Iterable[Table], names: Iterable[tuple[str, str]]) -> list[str]:
     """Return those of `names` (schema, table) that are taken by tables or views which are no copies of `tables`."""
-    ours = {folded(table.schema, table.name) for table in tables if table.copy_lsn is not None}
+    ours = {folded(*table.here) for table in tables if table.copy_lsn is not None}
     there = {
         folded(*row)
         for row in warehouse.execute(
@@ -182,55 +175,36 @@ def same(columns: Sequence[StoredColumn], relation: Relation) -> bool:
 
 
 def stored_columns(live: LiveTable) -> tuple[StoredColumn, ...]:
-    """Return what ``_cdc.tables`` keeps of the catalog's columns."""
+    """Return what ``_cdc.tables`` keeps of the catalog's columns, but for how they are held."""
     return tuple(StoredColumn(c.name, c.type_oid, c.typmod, c.attnum, c.mask) for c in live.columns)
 
 
 def nulls(column: StoredColumn) -> pa.Array:
     """Return one NULL of the column's Arrow type."""
-    return pa.nulls(1, column_type(column.type_oid, column.typmod).arrow)
+    return pa.nulls(1, column.kind.arrow)
 
 
 def create_table(target: str, columns: Sequence[StoredColumn], *, soft: bool) -> str:
     """Return the statement that makes the table `target` (already quoted); `soft`: with the column for deleted rows."""
-    parts = [f"{quote(c.name)} {column_type(c.type_oid, c.typmod).duckdb}" for c in columns]
+    parts = [f"{quote(column.here)} {column.kind.duckdb}" for column in columns]
     if soft:
         parts.append(f"{quote(DELETED_AT)} TIMESTAMPTZ")
     return f"CREATE OR REPLACE TABLE {target} ({', '.join(parts)})"
 
 
-def folded(*names: str) -> tuple[bytes, ...]:
-    """Return `names` as DuckDB compares them: it ignores the case of ASCII letters, and of no others."""
-    return tuple(name.encode().lower() for name in names)
-
-
-def refuse(table: Table, columns: Sequence[StoredColumn], *, soft: bool, logged: bool) -> None:
+def refuse(table: Table, columns: Sequence[StoredColumn]) -> None:
     """Check that `table` can have these columns.
 
-    Args:
-        soft: there is the column for deleted rows as well.
-        logged: there is a history, which has columns of its own.
-
     Raises:
-        TableError: DuckDB or the history cannot hold columns of these names.
+        TableError: it has none.
     """
-    hint = "rename the column in Postgres, or leave the table out with CDC_TABLES"
     if not columns:
         reason = f"table {table} has no columns, which DuckDB cannot store"
         raise TableError(reason, table.oid, "leave it out with CDC_TABLES")
-    ours = folded(*(META if logged else ()), *([DELETED_AT] if soft else ()))
-    seen: dict[bytes, str] = {}
-    for column in columns:
-        (name,) = folded(column.name)
-        if name in ours:
-            raise TableError(f"column {column.name} of {table} has the name of one of ours", table.oid, hint)
-        if (other := seen.setdefault(name, column.name)) != column.name:
-            reason = f"columns {other} and {column.name} of {table} are the same name to DuckDB"
-            raise TableError(reason, table.oid, hint)
 
 
 def plan(  # noqa: PLR0911 -- each is one reason for a new copy
-    target: str, table: Table, relation: Relation, live: LiveTable | None
+    target: str, table: Table, relation: Relation, live: LiveTable | None, holding: Holding
 ) -> Plan | None:
     """Return the ALTERs from `table` to `relation`, or None where only a new copy can make it right.
 
@@ -238,14 +212,22 @@ def plan(  # noqa: PLR0911 -- each is one reason for a new copy
         target: the warehouse's table, quoted.
         table: what is known of it, as of the last Relation.
         live: the catalog now, which may be ahead of `relation`; None: the table is gone, or cannot be read.
+        holding: how columns are held.
     """
     columns = table.columns
     attnums = identify(columns, table.natts, relation, live)
     if attnums is None or live is None:
         return None
     before = {column.attnum: column for column in columns}
-    after = dict(zip(attnums, relation.columns, strict=True))
     now = {column.attnum: column for column in live.columns}
+    masks = {n: c.mask for n, c in before.items()} | {n: c.mask for n, c in now.items()}
+    described = [
+        StoredColumn(c.name, c.type_oid, c.typmod, n, masks.get(n, ""))
+        for n, c in zip(attnums, relation.columns, strict=True)
+    ]
+    names = (str(table), str(relation))
+    stored = holding.columns(table, names, described, soft=table.deletes == "soft")
+    after = {column.attnum: column for column in stored}
     dropped, added = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
     if not before.keys() & after.keys() or any(n <= table.natts for n in added):
         return None  # DuckDB keeps one column at least; one that was there already, unpublished, has values
@@ -257,22 +239,16 @@ def plan(  # noqa: PLR0911 -- each is one reason for a new copy
         return None  # by the new column perhaps: a volatile default, of which each row has its own value
     steps = _Steps(target)
     for attnum in dropped:
-        steps.drop(before[attnum].name)
+        steps.drop(before[attnum].here)
     kept = sorted(before.keys() & after.keys())
-    steps.rename([(n, before[n].name, after[n].name) for n in kept], [column.name for column in columns])
+    steps.rename([(n, before[n].here, after[n].here) for n in kept], [column.here for column in columns])
     for attnum in kept:
-        if not steps.retype(after[attnum].name, before[attnum], after[attnum], rewritten=moved):
+        if not steps.retype(before[attnum], after[attnum], rewritten=moved):
             return None
     for attnum in added:
         default = now[attnum].default if attnum in now else None
         if not steps.add(after[attnum], default):
             return None
-    stored = tuple(
-        StoredColumn(
-            c.name, c.type_oid, c.typmod, n, now[n].mask if n in now else before[n].mask if n in before else ""
-        )
-        for n, c in after.items()
-    )
     natts = live.natts if attnums == tuple(now) else max(table.natts, *attnums)
     return Plan(tuple(steps.statements), stored, natts, tuple(steps.changes), moved)
 
@@ -341,7 +317,7 @@ class _Steps:
     """The ALTERs of a plan, as they come together."""
 
     def __init__(self, target: str) -> None:
-        self.statements: list[tuple[str, tuple[Any, ...]]] = []
+        self.statements: list[tuple[str, pa.Array | None]] = []
         self.changes: list[Change] = []
         self._target = target
 
@@ -360,34 +336,36 @@ class _Steps:
         for attnum, _, new in changed if detour else ():
             self._alter(f"RENAME COLUMN {quote(f'_cdc_{attnum}')} TO {quote(new)}")
 
-    def retype(self, name: str, old: StoredColumn, new: Column, *, rewritten: bool) -> bool:
+    def retype(self, old: StoredColumn, new: StoredColumn, *, rewritten: bool) -> bool:
         """Change a column's type, if every value stays what it was; return whether it does."""
         if (old.type_oid, old.typmod) == (new.type_oid, new.typmod):
-            return True
-        before, after = (column_type(c.type_oid, c.typmod).duckdb for c in (old, new))
+            return old.basis == new.basis
+        before, after = old.kind.duckdb, new.kind.duckdb
         widened = (old.type_oid, new.type_oid) in _WIDENED
         same_text = before != "VARCHAR" or old.type_oid == new.type_oid or {old.type_oid, new.type_oid} <= _TEXTS
         if not widened and (rewritten or not _holds(before, after) or (before == after and not same_text)):
             return False
         if before != after:
-            self._alter(f"ALTER COLUMN {quote(name)} TYPE {after}")
-        self.changes.append(Change(f"column {name} is {after} now"))
+            self._alter(f"ALTER COLUMN {quote(new.here)} TYPE {after}")
+        self.changes.append(Change(f"column {new.here} is {after} now"))
         return True
 
-    def add(self, column: Column, default: str | None) -> bool:
+    def add(self, column: StoredColumn, default: str | None) -> bool:
         """Add a column; return whether older rows can have its default: the copy puts what cannot into quarantine."""
-        name, kind = quote(column.name), column_type(column.type_oid, column.typmod).duckdb
-        self._alter(f"ADD COLUMN {name} {kind}")
-        self.changes.append(Change(f"column {column.name} added", None, column.name, default))
+        name, kind = quote(column.here), column.kind
+        self._alter(f"ADD COLUMN {name} {kind.duckdb}")
+        known = f", which is {column.name} in Postgres" if column.alias else ""
+        self.changes.append(Change(f"column {column.here} added{known}", None, column.here, default))
         if default is not None:
-            values, unfit = column_type(column.type_oid, column.typmod).parse(pa.array([default]))
-            if unfit is not None and unfit.any():
+            value, unfit = kind.parse(pa.array([default]))
+            if unfit is not None:
                 return False
-            self.statements.append((f"UPDATE {self._target} SET {name} = CAST(? AS {kind})", (values[0].as_py(),)))
+            load = kind.load("v.value")
+            self.statements.append((f"UPDATE {self._target} SET {name} = {load} FROM _value AS v", value))
         return True
 
     def _alter(self, action: str) -> None:
-        self.statements.append((f"ALTER TABLE {self._target} {action}", ()))
+        self.statements.append((f"ALTER TABLE {self._target} {action}", None))
 
 
 # text and varchar: of other types that are text here, each prints in its own way.

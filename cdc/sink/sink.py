@@ -17,18 +17,19 @@ from typing import TypeVar
 import duckdb
 import pyarrow as pa
 
-from cdc.errors import SinkError, TableError, WarehouseBusy
+from cdc.errors import Resync, SinkError, TableError, WarehouseBusy, Widen
 from cdc.failpoints import reach
 from cdc.pgoutput.changes import decode_rows
 from cdc.pgoutput.decoder import Decoded
-from cdc.pgoutput.masks import Masks, mask_rows
+from cdc.pgoutput.masks import mask_rows
 from cdc.pgoutput.messages import Relation
 from cdc.pgoutput.rows import RelationRows
 from cdc.sink import schema
 from cdc.sink.apply import apply
 from cdc.sink.checkpoint import Checkpoint, Ledger, State, Table
-from cdc.sink.evolve import Evolution, Moment, Resync
+from cdc.sink.evolve import Evolution, Moment
 from cdc.sink.history import History, HistoryFile
+from cdc.sink.holding import Holding, held
 from cdc.sink.schema import LiveTable
 from cdc.sink.staging import CopiedChunk, CopiedTable, Staging
 from cdc.sink.storage import truncated
@@ -52,8 +53,8 @@ class Sink:
         live: Callable[[int], LiveTable | None],
         waiting: Callable[[WarehouseBusy, float], None],
         give_up: Callable[[], bool],
+        holding: Holding,
         view: View | None = None,
-        masks: Masks | None = None,
     ) -> None:
         """Create a sink that holds nothing yet; `open` it.
 
@@ -62,8 +63,8 @@ class Sink:
             live: returns the published table with an OID as the catalog has it now, None if it is gone.
             waiting: see `Warehouse.acquire`.
             give_up: see `Warehouse.acquire`.
+            holding: how columns are held.
             view: kept in step with its table.
-            masks: CDC_MASK.
         """
         self.warehouse = warehouse
         self.history = history
@@ -71,10 +72,13 @@ class Sink:
         self._waiting = waiting
         self._give_up = give_up
         self._view = view
-        self._masks = masks or {}
+        self._masks = holding.masks
+        self._limit = holding.limit
         self._last_change: dict[int, int] = {}
-        self._evolution = Evolution(warehouse, self.ledger, history, live, self._masks, view)
-        self._staging = Staging(warehouse, self.ledger, history, self._evolution, self._change, deletes=deletes)
+        self._evolution = Evolution(warehouse, self.ledger, history, live, holding, view)
+        self._staging = Staging(
+            warehouse, self.ledger, history, self._evolution, self._change, holding, deletes=deletes
+        )
 
     # Opening, and positions
 
@@ -196,7 +200,8 @@ class Sink:
         table = self.ledger.tables.get(error.oid)
         if table is not None:
             state: State = "resyncing" if isinstance(error, Resync) else "error"
-            self.write_tables([dataclasses.replace(table, state=state, reason=str(error))])
+            widened = (*table.widened, error.attnum) if isinstance(error, Widen) else table.widened
+            self.write_tables([dataclasses.replace(table, state=state, reason=str(error), widened=widened)])
         return self.ledger.tables.get(error.oid)
 
     def write_tables(self, tables: Iterable[Table], *, requested: bool = False) -> None:
@@ -243,11 +248,11 @@ class Sink:
 
     def _change(self, table: Table, target: str, rows: RelationRows, logged: bool) -> None:
         def log(changes: pa.Table) -> None:
-            self.history.write(table.schema, table.name, changes)
+            self.history.write(*table.here, changes)
 
-        changes = decode_rows(rows)
+        changes = decode_rows(dataclasses.replace(rows, relation=held(table, rows.relation)))
         logged = logged and self.history.root is not None
-        apply(self.warehouse, table, target, changes, log if logged else None)
+        apply(self.warehouse, table, target, changes, log if logged else None, limit=self._limit)
         if logged:
             self._evolution.logged(table, int(rows.lsn[-1]))
         truncates = changes.xid[changes.op == ord("T")]
@@ -335,7 +340,7 @@ class Sink:
         reach("after_swap")
 
     def _target(self, table: Table) -> str:
-        return self.warehouse.name(table.schema, table.name)
+        return self.warehouse.name(*table.here)
 
     def _alone(self, work: Callable[[], None]) -> None:
         """Run `work` in a transaction of its own. The stream must not have one open: it would be committed half-way."""

@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 
-from cdc.errors import SinkError, TableError
+from cdc.errors import Resync, SinkError, TableError
+from cdc.pgoutput.changes import Unfit
 from cdc.pgoutput.rows import RelationRows
 from cdc.sink import quarantine, schema
 from cdc.sink.apply import insert, of_table
 from cdc.sink.checkpoint import Ledger, StoredColumn, Table
-from cdc.sink.evolve import COPY_SEQ, Evolution, Moment, Resync, truncation
+from cdc.sink.evolve import COPY_SEQ, Evolution, Moment, truncation
 from cdc.sink.history import History, HistoryFile
-from cdc.sink.schema import DELETED_AT
+from cdc.sink.holding import DELETED_AT, Holding, table_alias
 from cdc.sink.warehouse import Warehouse, quote
 
 __all__ = ["CopiedChunk", "CopiedTable", "Staging"]
@@ -31,15 +32,17 @@ class CopiedChunk:
     """Some rows of a copied table.
 
     Attributes:
-        rows: the table's columns, by name.
+        rows: the table's columns, by their names here.
+        first_seq: the first row's number in the history; the others follow.
         file: where the history has these rows; None: there is no history.
-        unfit: (column name, key or None, text, seq) of values that their type cannot hold.
+        unfit: values that their type cannot hold.
     """
 
     oid: int
     rows: pa.Table
+    first_seq: int
     file: HistoryFile | None
-    unfit: Sequence[tuple[str, str | None, str, int]]
+    unfit: Sequence[Unfit]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,8 +51,8 @@ class CopiedTable:
 
     Attributes:
         lsn: the copy's L: what was committed before is in it, nothing that was committed from there on.
-        storage, natts, types, columns: see `Table`.
-        key: names of the columns of its replica identity, none where it has no key.
+        storage, natts, types, columns, alias: see `Table`.
+        key: names here of the columns of its replica identity, none where it has no key.
     """
 
     oid: int
@@ -61,13 +64,14 @@ class CopiedTable:
     types: str
     columns: tuple[StoredColumn, ...]
     key: tuple[str, ...]
+    alias: str = ""
 
     def __str__(self) -> str:
         return f"{self.schema}.{self.name}"
 
 
 class Staging:
-    """The copies that are being made. State: in which schema each (by OID) has its table."""
+    """The copies that are being made. State: what each (by OID) is a copy of."""
 
     def __init__(
         self,
@@ -76,6 +80,7 @@ class Staging:
         history: History,
         evolution: Evolution,
         change: Callable[[Table, str, RelationRows, bool], None],
+        holding: Holding,
         *,
         deletes: str,
     ) -> None:
@@ -83,6 +88,7 @@ class Staging:
 
         Args:
             change: applies rows to a DuckDB table (quoted), and writes them to the history if told so.
+            holding: how columns are held.
             deletes: CDC_DELETES, for tables that are copied from now on.
         """
         self._warehouse = warehouse
@@ -90,8 +96,9 @@ class Staging:
         self._history = history
         self._evolution = evolution
         self._change = change
+        self._limit = holding.limit
         self._deletes = deletes
-        self._schemas: dict[int, str] = {}
+        self._copied: dict[int, CopiedTable] = {}
 
     def begin(self, oid: int) -> None:
         """From the current position on, keep the table's changes for a copy that is about to be made."""
@@ -107,12 +114,13 @@ class Staging:
         Raises:
             TableError: DuckDB has no room for a table, or for columns, of these names.
         """
-        table = dataclasses.replace(self._ledger.tables[copied.oid], schema=copied.schema, name=copied.name)
-        self._refuse_namesake(table)
+        known = self._ledger.tables[copied.oid]
+        table = dataclasses.replace(known, schema=copied.schema, name=copied.name, alias=copied.alias)
+        self._refuse_taken(table)
         soft = self._deletes == "soft"
-        schema.refuse(table, copied.columns, soft=soft, logged=self._history.root is not None)
+        schema.refuse(table, copied.columns)
         self._drop(copied.oid)
-        self._schemas[copied.oid] = copied.schema
+        self._copied[copied.oid] = copied
         with of_table(table):
             self._warehouse.execute(f"CREATE SCHEMA IF NOT EXISTS {self._warehouse.name(copied.schema)}")
             self._warehouse.execute(schema.create_table(self._table(copied.oid), copied.columns, soft=soft))
@@ -120,12 +128,22 @@ class Staging:
 
     def stage(self, chunk: CopiedChunk) -> None:
         """Keep some copied rows."""
-        table = self._ledger.tables[chunk.oid]
+        table, copied = self._ledger.tables[chunk.oid], self._copied[chunk.oid]
+        kinds = {column.here: column.kind for column in copied.columns}
         with of_table(table):
-            insert(self._warehouse, self._table(chunk.oid), chunk.rows)
-        # LSN 0: not known to be in the table until the swap
-        entries = [(name, key, text, 0, seq, False) for name, key, text, seq in chunk.unfit]
-        quarantine.keep(self._warehouse, table, entries)
+            insert(self._warehouse, self._table(chunk.oid), chunk.rows, kinds)
+        for unfit in chunk.unfit:
+            column, rows = copied.columns[unfit.column], unfit.rows.tolist()
+            keys: Sequence[str | None] = [None] * len(rows)
+            if copied.key and column.here not in copied.key:
+                of_rows = chunk.rows.select(list(copied.key)).take(pa.array(unfit.rows))
+                keys = quarantine.key_texts(self._warehouse, of_rows, kinds)
+            # LSN 0: not known to be in the table until the swap
+            found = zip(rows, keys, unfit.texts, strict=True)
+            entries = [(column.here, key, text, 0, chunk.first_seq + row, False) for row, key, text in found]
+            quarantine.keep(self._warehouse, table, entries)
+        brought = [copied.columns[unfit.column] for unfit in chunk.unfit]
+        quarantine.check_copy(self._warehouse, table, brought, copied.key, self._limit)
 
     def swap(self, copied: CopiedTable) -> None:
         """Put the copy in the table's place, brought up to the checkpoint, and stream it from here on.
@@ -142,6 +160,7 @@ class Staging:
             name=copied.name,
             state="streaming",
             reason="",
+            alias=copied.alias,
             storage=copied.storage,
             natts=copied.natts,
             types=copied.types,
@@ -157,7 +176,7 @@ class Staging:
         if (old.schema, old.name) != (new.schema, new.name):
             quarantine.rename_table(self._warehouse, old, (new.schema, new.name))
         if self._history.root:
-            self._history.write(new.schema, new.name, truncation(copied.lsn, copied.columns))
+            self._history.write(*new.here, truncation(copied.lsn, copied.columns))
             self._evolution.logged(new, copied.lsn)
         self._ledger.put(new)
         for ordinal in self._ledger.buffered(copied.oid, copied.lsn):
@@ -171,9 +190,9 @@ class Staging:
             new = self._ledger.tables[copied.oid]
         self._ledger.clear_buffer(copied.oid)
         if old.copy_lsn is not None:
-            self._warehouse.execute(f"DROP TABLE IF EXISTS {self._warehouse.name(old.schema, old.name)}")
-        self._evolution.make_room(new.oid, new.schema, new.name)
-        self._warehouse.execute(f"ALTER TABLE {staging} RENAME TO {quote(new.name)}")
+            self._warehouse.execute(f"DROP TABLE IF EXISTS {self._warehouse.name(*old.here)}")
+        self._evolution.make_room(new)
+        self._warehouse.execute(f"ALTER TABLE {staging} RENAME TO {quote(new.here[1])}")
         self._evolution.show(new, of=str(old))
 
     def forget(self) -> None:
@@ -185,27 +204,18 @@ class Staging:
         self._warehouse.execute("DELETE FROM _cdc.quarantine WHERE lsn = 0")
 
     def _table(self, oid: int) -> str:
-        return self._warehouse.name(self._schemas[oid], f"{_PREFIX}{oid}")
+        return self._warehouse.name(self._copied[oid].schema, f"{_PREFIX}{oid}")
 
     def _drop(self, oid: int) -> None:
-        if oid in self._schemas:
+        if oid in self._copied:
             self._warehouse.execute(f"DROP TABLE IF EXISTS {self._table(oid)}")
 
-    def _refuse_namesake(self, table: Table) -> None:
-        """DuckDB ignores case: two tables whose names differ in nothing else cannot both be here."""
-        for other in self._ledger.tables.values():
-            if other.oid == table.oid or other.state in ("dropped", "error"):
-                continue
-            names, others = (table.schema, table.name), (other.schema, other.name)
-            if names != others and schema.folded(*names) == schema.folded(*others):
-                raise TableError(
-                    f"tables {table} and {other} have the same name to DuckDB",
-                    table.oid,
-                    "rename one of them in Postgres, or leave it out with CDC_TABLES",
-                )
-        if schema.strangers(self._warehouse, self._ledger.tables.values(), [(table.schema, table.name)]):
+    def _refuse_taken(self, table: Table) -> None:
+        if table_alias(self._ledger.tables.values(), table.oid, table.schema, table.name) != table.alias:
+            raise Resync(f"{table} cannot have the name {'.'.join(table.here)} any more", table.oid)
+        if schema.strangers(self._warehouse, self._ledger.tables.values(), [table.here]):
             raise TableError(
-                f"DuckDB has a {table} that cdc did not make and would have to replace",
+                f"DuckDB has a {'.'.join(table.here)} that cdc did not make and would have to replace",
                 table.oid,
                 "rename it, or leave the table out with CDC_TABLES; then `cdc resync` the table",
             )
@@ -216,9 +226,9 @@ class Staging:
         What the old content has alive and the copy has not was deleted while nobody followed the table. A value that
         its column's new type cannot hold goes into quarantine.
         """
-        target = self._warehouse.name(table.schema, table.name)
-        old = self._kinds(table.schema, table.name)
-        new = self._kinds(self._schemas[table.oid], f"{_PREFIX}{table.oid}")
+        target = self._warehouse.name(*table.here)
+        old = self._kinds(*table.here)
+        new = self._kinds(self._copied[table.oid].schema, f"{_PREFIX}{table.oid}")
         if DELETED_AT not in old or not old.keys() >= set(key):
             return
         shared = {name: kind for name, kind in new.items() if name in old and name != DELETED_AT}
@@ -251,7 +261,7 @@ class Staging:
         """Return the columns of a table of the warehouse, in order, and their types."""
         rows = self._warehouse.execute(
             "SELECT column_name, data_type FROM duckdb_columns() WHERE database_name = current_database() "
-            "AND schema_name = ? AND table_name = ? ORDER BY column_index",
+            "AND lower(schema_name) = lower(?) AND table_name = ? ORDER BY column_index",
             [schema_name, table_name],
         )
         return dict(rows)

@@ -13,8 +13,7 @@ import duckdb
 
 from cdc.errors import StateError
 from cdc.sink.checkpoint import Table
-from cdc.sink.schema import folded
-from cdc.sink.warehouse import Warehouse, quote
+from cdc.sink.warehouse import Warehouse, folded, quote
 
 __all__ = ["View", "drop_others", "make_room", "refresh"]
 
@@ -54,7 +53,7 @@ def make_room(warehouse: Warehouse, view: View, tables: Iterable[Table]) -> str:
         StateError: the name is that of one of the mirrored `tables`.
     """
     for table in tables:
-        if folded(table.schema, table.name) == folded(_SCHEMA, view.name):
+        if folded(*table.here) == folded(_SCHEMA, view.name):
             raise StateError(f"view {view.name} would have the name of table {table}", "choose another CDC_VIEW")
     here = f"database_name = current_database() AND schema_name = '{_SCHEMA}'"
     found = warehouse.execute(
@@ -79,10 +78,10 @@ def make_room(warehouse: Warehouse, view: View, tables: Iterable[Table]) -> str:
 
 def refresh(warehouse: Warehouse, view: View, table: Table) -> None:
     """Make `view` anew, to show `table`: its columns are new, its name, or the table itself."""
-    there = "SELECT 1 FROM duckdb_tables() WHERE schema_name = ? AND table_name = ?"
-    if not warehouse.execute(there, [table.schema, table.name]):
+    there = "SELECT 1 FROM duckdb_tables() WHERE lower(schema_name) = lower(?) AND table_name = ?"
+    if not warehouse.execute(there, list(table.here)):
         return  # somebody has dropped it, or it comes under another name: with its next copy
     name = warehouse.name(_SCHEMA, view.name)
-    target = warehouse.name(table.schema, table.name)
+    target = warehouse.name(*table.here)
     warehouse.execute(f"CREATE OR REPLACE VIEW {name} AS SELECT * FROM {target}")
     warehouse.execute(f"COMMENT ON VIEW {name} IS '{MARK}'")

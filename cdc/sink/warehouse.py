@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from cdc.errors import SinkError, StateError, WarehouseBusy
 
-__all__ = ["ConsumerLock", "Warehouse", "cannot_open", "explain", "is_held", "no_space", "open_file", "quote"]
+__all__ = ["ConsumerLock", "Warehouse", "cannot_open", "explain", "folded", "is_held", "no_space", "open_file", "quote"]
 
 STORAGE_VERSION = "v1.5.0"
 """Files stay readable by DuckDB 1.5 tools; 2.0 would write a format that they cannot open."""
@@ -47,6 +47,11 @@ _GUESTS_S = 10.0
 def quote(*names: str) -> str:
     """Return `names` as one SQL identifier, dotted and quoted."""
     return ".".join('"' + name.replace('"', '""') + '"' for name in names)
+
+
+def folded(*names: str) -> tuple[bytes, ...]:
+    """Return `names` as DuckDB compares them: it ignores the case of ASCII letters, and of no others."""
+    return tuple(name.encode().lower() for name in names)
 
 
 class Warehouse:

@@ -11,6 +11,7 @@ import duckdb
 import pytest
 
 from cdc.sink.history import History
+from cdc.sink.holding import Holding
 from cdc.sink.sink import Sink
 from cdc.sink.warehouse import Warehouse
 from tests.conftest import Database, Lake
@@ -87,6 +88,7 @@ def test_an_interruption_is_no_error_of_the_warehouse(warehouse: Warehouse, lake
         live=lambda _oid: None,
         waiting=lambda _busy, _waited_s: None,
         give_up=lambda: False,
+        holding=Holding({}, {}, lambda _oid: None, logged=True, limit=10),
     )
 
     def work() -> None:

@@ -18,7 +18,7 @@ from cdc.embedded import EmbeddedServer
 from tests.conftest import Database, Lake, _drop
 from tests.integration.refusals import call, refused
 from tests.integration.test_compose import ROOT, services
-from tests.mirror import Consumer, differences, mirror_once, source_rows, states, until, warehouse_rows
+from tests.mirror import Consumer, differences, mirror_once, source_texts, states, until, warehouse_rows
 
 POSTGRES = ROOT / "postgres"
 TABLE = "public.subscriptions"
@@ -85,7 +85,7 @@ def dsn_of(database: Database, name: str) -> str:
 
 def changed(database: Database, before: Counter[tuple[Any, ...]]) -> tuple[set[Any], set[Any]]:
     """Return the keys of the rows that are there now and were not, and of those that are not there any more."""
-    now = source_rows(database, TABLE)
+    now = source_texts(database, TABLE)
     return {row[0] for row in now - before}, {row[0] for row in before - now}
 
 
@@ -122,11 +122,11 @@ def test_seed(analytics: Database) -> None:
 
 def test_seed_is_the_same_again(analytics: Database) -> None:
     """Whatever the session's settings are."""
-    first = source_rows(analytics, TABLE)
+    first = source_texts(analytics, TABLE)
     analytics.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
     for file in init_files()[:2]:
         psql(analytics, file, PGTZ="Asia/Kathmandu", PGDATESTYLE="German", PGOPTIONS="-c extra_float_digits=-5")
-    assert source_rows(analytics, TABLE) == first
+    assert source_texts(analytics, TABLE) == first
 
 
 RIGHTS = """
@@ -168,7 +168,7 @@ def test_changes_file(analytics: Database, lake: Lake) -> None:
     mirror_once(lake, dsn)
     touched: set[Any] = set()
     for _ in range(2):
-        before = source_rows(analytics, TABLE)
+        before = source_texts(analytics, TABLE)
         assert psql(analytics, POSTGRES / "changes.sql").split("\n")[:3] == ["INSERT 0 1", "UPDATE 1", "DELETE 0"]
         appeared, left = changed(analytics, before)
         assert (len(appeared), len(left), len(appeared - left)) == (3, 2, 1)
@@ -234,7 +234,7 @@ def test_updated_at(analytics: Database) -> None:
 def test_demo_changes(analytics: Database, lake: Lake) -> None:
     """As the container does it: a consumer streams as its own role, and the demo writes as another one."""
     dsn, writer = dsn_of(analytics, "CDC_DSN"), dsn_of(analytics, "CDC_DEMO_DSN")
-    before = source_rows(analytics, TABLE)
+    before = source_texts(analytics, TABLE)
     with Consumer(lake, dsn, flush_interval="100ms", demo_dsn=writer) as consumer:
         until(lambda: states(lake).get(TABLE) == "streaming", what="the copy")
         shown = call(lake, dsn, "demo", "--changes", demo_dsn=writer)
@@ -250,7 +250,7 @@ def test_demo_changes(analytics: Database, lake: Lake) -> None:
 
 def test_demo_changes_tells_what_is_wrong(analytics: Database, lake: Lake) -> None:
     """No right to write, no such table, flags that do not go together; and nothing is changed."""
-    before = source_rows(analytics, TABLE)
+    before = source_texts(analytics, TABLE)
     error, hint = refused(call(lake, dsn_of(analytics, "CDC_DSN"), "demo", "--changes"))
     assert error == "change three rows: permission denied for table subscriptions"
     assert "CDC_DEMO_DSN" in hint
@@ -261,4 +261,4 @@ def test_demo_changes_tells_what_is_wrong(analytics: Database, lake: Lake) -> No
     refused(call(lake, "", "demo", "--changes", "--dsn", analytics.dsn, "--seconds", "3"), status=2)
     refused(call(lake, "", "demo", "--dsn", analytics.dsn), status=2)
     refused(call(lake, "", "demo", "--changes", "--dsn", "nonsense"), status=2)
-    assert source_rows(analytics, TABLE) == before
+    assert source_texts(analytics, TABLE) == before

@@ -221,7 +221,7 @@ def test_columns_and_filter_are_those_of_the_snapshot(database: Database, lake: 
         await_states(consumer, lake, "streaming", "public.t")
         database.execute("INSERT INTO t VALUES (0, 0), (1000, 1)")
         settle(consumer, database, lake)
-        assert mirrored_rows(database, lake, "public.t") == source_rows(database, "public.t", "id > 50")
+        assert mirrored_rows(database, lake, "public.t") == source_rows(database, lake, "public.t", "id > 50")
 
 
 def test_locked_table_holds_up_no_other(database: Database, lake: Lake) -> None:

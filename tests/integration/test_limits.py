@@ -13,6 +13,7 @@ import pytest
 from cdc.errors import SinkError
 from cdc.sink.checkpoint import Checkpoint
 from cdc.sink.history import History
+from cdc.sink.holding import Holding
 from cdc.sink.sink import Sink
 from cdc.sink.warehouse import Warehouse
 from tests.conftest import Database, Lake
@@ -143,6 +144,7 @@ def test_warehouse_that_fails_for_good(tmp_path: Path) -> None:
         live=lambda _oid: None,
         waiting=lambda _busy, _waited_s: None,
         give_up=lambda: False,
+        holding=Holding({}, {}, lambda _oid: None, logged=True, limit=10),
     )
     sink.open()
     sink.create(Checkpoint("1", "d", "cdc", "cdc", 1))

@@ -248,7 +248,7 @@ def test_tables_without_a_key(database: Database, lake: Lake) -> None:
     )
     sync(database, lake)
     agree(database, lake, {"public.bare": [], "public.nothing": []})
-    appended = {name: source_rows(database, f"public.{name}") for name in ("bare", "nothing")}
+    appended = {name: source_rows(database, lake, f"public.{name}") for name in ("bare", "nothing")}
     transactions(
         database,
         "UPDATE bare SET b = 'changed'",
@@ -661,7 +661,7 @@ def test_a_truncate_ignores_the_row_filter(database: Database, lake: Lake) -> No
         """
     )
     sync(database, lake, publication="theirs")
-    assert mirrored_rows(database, lake, "public.t") == source_rows(database, "public.t", "id > 10")
+    assert mirrored_rows(database, lake, "public.t") == source_rows(database, lake, "public.t", "id > 10")
     transactions(
         database,
         "INSERT INTO t VALUES (2, 'hidden'), (13, 'seen')",
@@ -669,13 +669,13 @@ def test_a_truncate_ignores_the_row_filter(database: Database, lake: Lake) -> No
         "UPDATE t SET id = 21 WHERE id = 1",  # enters
     )
     sync(database, lake, publication="theirs")
-    assert mirrored_rows(database, lake, "public.t") == source_rows(database, "public.t", "id > 10")
+    assert mirrored_rows(database, lake, "public.t") == source_rows(database, lake, "public.t", "id > 10")
     assert operations(lake, "public.t") == "IDI"
     transactions(database, "TRUNCATE t", "INSERT INTO t VALUES (4, 'hidden'), (14, 'seen')")
     sync(database, lake, publication="theirs")
     assert (
         mirrored_rows(database, lake, "public.t")
-        == source_rows(database, "public.t", "id > 10")
+        == source_rows(database, lake, "public.t", "id > 10")
         == Counter([(14, "seen")])
     )
 

@@ -12,7 +12,7 @@ from tests.mirror import differences, mirrored_rows, replayed, run_cdc, source_r
 def living(database: Database, lake: Lake, *tables: str) -> None:
     """Assert that the rows without a time of deletion are those that Postgres has."""
     for table in tables:
-        assert mirrored_rows(database, lake, table, "_deleted_at IS NULL") == source_rows(database, table), table
+        assert mirrored_rows(database, lake, table, "_deleted_at IS NULL") == source_rows(database, lake, table), table
 
 
 def deleted(lake: Lake, table: str, columns: str = "id, v") -> list[tuple[Any, ...]]:
@@ -81,7 +81,7 @@ def test_deleted_rows_stay(database: Database, lake: Lake) -> None:
         (205, "back"),
     ]
     assert len(warehouse_rows(lake, "SELECT id FROM public.t GROUP BY id HAVING count(*) > 1")) == 0
-    assert replayed(database, lake, "public.t", ["id"]) == source_rows(database, "public.t")
+    assert replayed(database, lake, "public.t", ["id"]) == source_rows(database, lake, "public.t")
 
 
 def test_truncate_marks_all(database: Database, lake: Lake) -> None:

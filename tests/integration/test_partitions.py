@@ -379,8 +379,8 @@ def test_inheritance(database: Database, lake: Lake, publication: str, names: li
     for name in names:
         # what Postgres shows of a parent includes its children
         only = f"tableoid = '{name}'::regclass"
-        assert mirrored_rows(database, lake, f"public.{name}") == source_rows(database, f"public.{name}", only)
-        assert replayed(database, lake, f"public.{name}", ["id"]) == source_rows(database, f"public.{name}", only)
+        assert mirrored_rows(database, lake, f"public.{name}") == source_rows(database, lake, f"public.{name}", only)
+        assert replayed(database, lake, f"public.{name}", ["id"]) == source_rows(database, lake, f"public.{name}", only)
     transactions(database, "TRUNCATE ONLY parent", "TRUNCATE child", "INSERT INTO grandchild VALUES (1, 'after', 2)")
     sync(database, lake, **settings)
     assert warehouse_rows(lake, "SELECT count(*) FROM public.parent") == [(0,)]

@@ -26,7 +26,7 @@ T = (
 
 def filtered(database: Database, lake: Lake, table: str, where: str, key: list[str]) -> None:
     """Assert that warehouse and history have those rows of a table that meet a condition."""
-    wanted = source_rows(database, table, where)
+    wanted = source_rows(database, lake, table, where)
     assert mirrored_rows(database, lake, table) == wanted
     assert replayed(database, lake, table, key) == wanted
     assert states(lake)[table] == "streaming"

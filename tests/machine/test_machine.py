@@ -338,7 +338,7 @@ class Mirror(RuleBasedStateMachine):
             return ""
         if known.state != "streaming":
             return f"{name} is {known.state}: {known.reason}"
-        source = source_rows(self.database, name)
+        source = source_rows(self.database, self.lake, name)
         living = "_deleted_at IS NULL" if self.deletes == "soft" else "true"
         sides = {"warehouse": mirrored_rows(self.database, self.lake, name, living)}
         if self._replays(known):

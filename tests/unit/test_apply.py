@@ -84,6 +84,7 @@ def test_rows_without_a_key_come_and_go_within_a_transaction(warehouse: Warehous
                 target,
                 changes([*((INSERT, row) for row in added), *((DELETE, row) for row in gone)]),
                 None,
+                limit=0,
             )
             living = "WHERE _deleted_at IS NULL" if soft else ""
             assert Counter(warehouse.execute(f"SELECT id, writer, v FROM {target} {living}")) == expected

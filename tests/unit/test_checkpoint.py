@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cdc.errors import SinkError, StateError
+from cdc.pgoutput.types import Basis
 from cdc.sink.checkpoint import FORMAT, Checkpoint, Ledger, SchemaChange, StoredColumn, Table
 from cdc.sink.history import HistoryFile
 from cdc.sink.warehouse import Warehouse
 
 INTENT = Checkpoint("7300000000000000001", "shop", "cdc", "cdc", None)
-COLUMNS = (StoredColumn("id", 23, -1, 1), StoredColumn('we"ird\n', 1700, 655366, 4))
+COLUMNS = (
+    StoredColumn("id", 23, -1, 1),
+    StoredColumn('we"ird\n', 1700, 655366, 4),
+    StoredColumn("ID", 16400, 7, 5, "hash", "ID_5", Basis(1007, -1)),
+)
 TABLE = Table(
     4294967295,
     "public",
@@ -28,6 +34,8 @@ TABLE = Table(
     '{"1": "a"}',
     "soft",
     "cdc,cdc_append",
+    "orders_1",
+    (4, 5),
 )
 
 
@@ -210,14 +218,19 @@ def test_notes(warehouse: Warehouse, ledger: Ledger) -> None:
 
 
 def test_an_older_format_is_upgraded(warehouse: Warehouse, ledger: Ledger) -> None:
-    """Format 1 had no links in what it knew of storage: that is unknown, and all else stays."""
+    """Format 1 had no links in what it knew of storage: that is unknown. Format 2 held most types as text."""
     warehouse.begin()
-    ledger.put(TABLE)
+    plain = dataclasses.replace(TABLE, columns=(*COLUMNS[:2], StoredColumn("l", 1007, -1, 6)), alias="", widened=())
+    ledger.put(plain)
+    in_2 = [list(dataclasses.astuple(column)[:5]) for column in plain.columns]
+    warehouse.execute("UPDATE _cdc.tables SET columns = ?", [json.dumps(in_2)])
     for statement in (
         "ALTER TABLE _cdc.tables RENAME storage TO relfilenode",
         "UPDATE _cdc.tables SET relfilenode = '1:2'",
         "ALTER TABLE _cdc.tables DROP natts",
         "ALTER TABLE _cdc.tables DROP types",
+        "ALTER TABLE _cdc.tables DROP alias",
+        "ALTER TABLE _cdc.tables DROP widened",
         *(
             f"ALTER TABLE _cdc.schema_changes DROP {name}"
             for name in ("oid", "seq", "old_name", "new_name", "default_value")
@@ -227,7 +240,9 @@ def test_an_older_format_is_upgraded(warehouse: Warehouse, ledger: Ledger) -> No
         warehouse.execute(statement)
     warehouse.commit()
     again = reopened(warehouse)
-    assert again.tables == {TABLE.oid: dataclasses.replace(TABLE, storage="", natts=0, types="{}")}
+    text = dataclasses.replace(plain.columns[2], held_as=Basis(25, -1))
+    columns = (*plain.columns[:2], text)
+    assert again.tables == {TABLE.oid: dataclasses.replace(plain, storage="", natts=0, types="{}", columns=columns)}
     assert warehouse.execute("SELECT format FROM _cdc.meta") == [(FORMAT,)]
     again.put(TABLE)
     again.record_change(TABLE, SchemaChange(7, 2, "column a renamed to b", "a", "b"))

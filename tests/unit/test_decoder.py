@@ -329,17 +329,17 @@ def test_invalid_utf8_is_unfit() -> None:
 def test_values_that_do_not_fit() -> None:
     """A3, A6: NULL in the column, the exact text beside it; in the old tuple and the new."""
     described = Relation(
-        OID, "public", "t", "f", (Column("n", 1700, (5 << 16 | 1) + 4, True), Column("d", 1082, -1, True))
+        OID, "public", "t", "f", (Column("n", 1700, (5 << 16 | 1) + 4, True), Column("d", 1007, -1, True))
     )
     decoded = changes(
-        wire.insert(OID, "1.5", "2020-01-02"),
-        wire.update(OID, "NaN", "infinity", old=("Infinity", "2020-01-02")),
+        wire.insert(OID, "1.5", "{1}"),
+        wire.update(OID, "NaN", "{{1}}", old=("Infinity", "{1}")),
         described=described,
     )
     assert [column.null_count for column in decoded.columns] == [2, 1]
     assert [(u.column, u.rows.tolist(), u.texts) for u in decoded.unfit] == [
         (0, [1, 2], ["Infinity", "NaN"]),
-        (1, [2], ["infinity"]),
+        (1, [2], ["{{1}}"]),
     ]
 
 

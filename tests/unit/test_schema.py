@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import duckdb
+import pyarrow as pa
 import pytest
 
 from cdc.errors import TableError
 from cdc.pgoutput.messages import Column, Relation
 from cdc.sink import schema
 from cdc.sink.checkpoint import StoredColumn, Table
+from cdc.sink.holding import Holding
 from cdc.sink.schema import LiveColumn, LiveTable, Plan
 
 INT, BIGINT, TEXT, NUMERIC, DATE = 23, 20, 25, 1700, 1082
@@ -21,6 +23,7 @@ TEN_TWO = (10 << 16 | 2) + 4
 NODE = "16384:16384:0"
 ID, V = StoredColumn("id", INT, -1, 1), StoredColumn("v", TEXT, -1, 2)
 TARGET = '"w"."public"."t"'
+HOLDING = Holding({}, {}, lambda _oid: None, logged=True, limit=10)
 
 
 def relation(*columns: StoredColumn) -> Relation:
@@ -42,22 +45,23 @@ def plan(
 ) -> Plan | None:
     highest = max(column.attnum for column in before)
     table = Table(1, "public", "t", "streaming", storage=node, columns=before, natts=highest)
-    return schema.plan(TARGET, table, relation(*after), now)
+    return schema.plan(TARGET, table, relation(*after), now, HOLDING)
 
 
 def texts(found: Plan) -> list[str]:
     return [change.text for change in found.changes]
 
 
-def run(statements: tuple[tuple[str, tuple[object, ...]], ...]) -> list[tuple[object, ...]]:
+def run(statements: tuple[tuple[str, pa.Array | None], ...]) -> list[tuple[object, ...]]:
     """Run a plan in DuckDB, on a table with columns id, v and one row; return its rows."""
     connection = duckdb.connect()
     connection.execute(
         "ATTACH ':memory:' AS w; CREATE SCHEMA w.public; CREATE TABLE w.public.t (id INTEGER, v VARCHAR)"
     )
     connection.execute("INSERT INTO w.public.t VALUES (1, 'a')")
-    for statement, parameters in statements:
-        connection.execute(statement, list(parameters))
+    for statement, value in statements:
+        connection.register("_value", pa.table({"value": [] if value is None else value}))
+        connection.execute(statement)
     return connection.execute("FROM w.public.t").fetchall()
 
 
@@ -201,8 +205,8 @@ def test_versions_behind(
         ),
         (
             "a default that does not fit",
-            live(ID, V, StoredColumn("d", DATE, -1, 3), defaults={"d": "infinity"}),
-            (ID, V, StoredColumn("d", DATE, -1, 3)),
+            live(ID, V, StoredColumn("n", NUMERIC, TEN_TWO, 3), defaults={"n": "NaN"}),
+            (ID, V, StoredColumn("n", NUMERIC, TEN_TWO, 3)),
             NODE,
         ),
     ],
@@ -212,35 +216,44 @@ def test_only_a_new_copy(reason: str, now: LiveTable | None, after: tuple[Stored
     assert plan((ID, V), now, *after, node=node) is None, reason
 
 
-def test_what_duckdb_and_we_cannot_have() -> None:
-    """B2, B3, trap 9: names that are one to DuckDB, names of ours, and no columns; with a word on which."""
+def test_no_columns() -> None:
+    """B4."""
     table = Table(7, "public", "t", "copying")
+    schema.refuse(table, [ID])
+    with pytest.raises(TableError, match=r"^table public\.t has no columns, which DuckDB cannot store$") as caught:
+        schema.refuse(table, [])
+    assert caught.value.oid == 7
+    assert caught.value.hint
 
-    def refused(*names: str, soft: bool = False) -> str:
-        columns = [StoredColumn(name, TEXT, -1, number) for number, name in enumerate(names, start=1)]
-        with pytest.raises(TableError) as caught:
-            schema.refuse(table, columns, soft=soft, logged=True)
-        assert caught.value.oid == 7
-        assert caught.value.hint
-        return str(caught.value)
 
-    def accepted(*names: str, logged: bool = True) -> None:
-        columns = [StoredColumn(name, TEXT, -1, number) for number, name in enumerate(names, start=1)]
-        schema.refuse(table, columns, soft=False, logged=logged)
+def test_added_with_a_default_of_any_type() -> None:
+    """H1: what is no Python value, too."""
+    defaults = {"d": "-infinity", "i": "1 mon -3 days", "l": "{1,NULL}", "j": '{"a": 1}'}
+    added = [
+        StoredColumn(name, oid, -1, n)
+        for n, (name, oid) in enumerate(zip("dilj", (DATE, 1186, 1007, 3802), strict=True), 3)
+    ]
+    found = plan((ID, V), live(ID, V, *added, defaults=defaults), ID, V, *added)
+    assert found is not None
+    as_text = (f"ALTER TABLE {TARGET} ALTER {name} TYPE VARCHAR" for name in "dilj")
+    statements = (*found.statements, *((statement, None) for statement in as_text))
+    assert run(statements) == [(1, "a", "-infinity", "1 month -3 days", "[1, NULL]", '{"a": 1}')]
 
-    accepted("a", "b")
-    assert refused() == "table public.t has no columns, which DuckDB cannot store"
-    assert refused("Ab", "aB") == "columns Ab and aB of public.t are the same name to DuckDB"
-    assert refused("x", "_LSN") == "column _LSN of public.t has the name of one of ours"
-    accepted("x", "_lsn", logged=False)
-    accepted("_deleted_at")
-    assert refused("_deleted_at", soft=True) == "column _deleted_at of public.t has the name of one of ours"
-    # DuckDB folds ASCII alone, so these are two names each
-    pairs = [("É", "é"), ("ß", "ss"), ("Σ", "ς"), ("\u212a", "k")]
-    connection = duckdb.connect()
-    for number, (one, other) in enumerate(pairs):
-        accepted(one, other)
-        connection.execute(f'CREATE TABLE t{number} ("{one}" INTEGER, "{other}" INTEGER)')
+
+def test_names_that_are_one_to_duckdb() -> None:
+    """B2, H11: a column whose name differs in nothing but case gets its attnum behind it, and its own name back."""
+    upper = StoredColumn("V", TEXT, -1, 3, alias="V_3")
+    found = plan((ID, V), live(ID, V, upper), ID, V, upper)
+    assert found is not None
+    assert found.columns == (ID, V, upper)
+    assert texts(found) == ["column V_3 added, which is V in Postgres"]
+    assert run(found.statements) == [(1, "a", None)]
+    alone = dataclasses.replace(upper, alias="")
+    left = plan((ID, V, upper), live(ID, alone), ID, alone)
+    assert left is not None
+    assert left.columns == (ID, alone)
+    assert [(c.old_name, c.new_name) for c in left.changes] == [("v", None), ("V_3", "V")]
+    assert run(found.statements + left.statements) == [(1, None)]
 
 
 def test_create_table() -> None:

@@ -1,0 +1,109 @@
+"""Under which names, and as which types, columns are held."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import duckdb
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cdc.pgoutput.messages import Column, Relation
+from cdc.pgoutput.types import Basis, Declared
+from cdc.sink.checkpoint import StoredColumn, Table
+from cdc.sink.holding import DELETED_AT, Holding, aliases, held
+from cdc.sink.warehouse import folded
+
+TABLE = Table(7, "public", "t", "streaming")
+NAMES = ("public.t",)
+NUMERIC, TEXT, UUID = 1700, 25, 2950
+TEN_TWO = (10 << 16 | 2) + 4
+# 16400: a domain over int4; 16401: its array; 16402: an enum
+DECLARED = {
+    16400: Declared(Basis(23, -1), 0, ","),
+    16401: Declared(None, 16400, ","),
+    16402: Declared(None, 0, ","),
+}
+HOLDING = Holding({}, {}, DECLARED.get, logged=True, limit=10)
+
+
+def columns(*names: str, oid: int = TEXT, typmod: int = -1) -> list[StoredColumn]:
+    return [StoredColumn(name, oid, typmod, number) for number, name in enumerate(names, start=1)]
+
+
+def here(*names: str, holding: Holding = HOLDING, soft: bool = False) -> list[str]:
+    return [column.here for column in holding.columns(TABLE, NAMES, columns(*names), soft=soft)]
+
+
+def test_names_that_are_one_to_duckdb() -> None:
+    """B2: the first has its own, the others get their attnum behind it, whatever others are called."""
+    assert here("a", "b") == ["a", "b"]
+    assert here("Ab", "aB", "ab") == ["Ab", "aB_2", "ab_3"]
+    assert here("a", "A", "a_2") == ["a", "A_2_", "a_2"]
+    # DuckDB folds ASCII alone, so these are two names each
+    pairs = [("É", "é"), ("ß", "ss"), ("Σ", "ς"), ("\u212a", "k")]
+    connection = duckdb.connect()
+    for number, pair in enumerate(pairs):
+        assert here(*pair) == list(pair)
+        connection.execute(f'CREATE TABLE t{number} ("{pair[0]}" INTEGER, "{pair[1]}" INTEGER)')
+
+
+def test_names_of_ours() -> None:
+    """B3: those of the change log where there is one, and that of soft deletes."""
+    assert here("x", "_LSN", "_op") == ["x", "_LSN_2", "_op_3"]
+    assert here("x", "_lsn", holding=dataclasses.replace(HOLDING, logged=False)) == ["x", "_lsn"]
+    assert here(DELETED_AT) == [DELETED_AT]
+    assert here(DELETED_AT, soft=True) == ["_deleted_at_1"]
+
+
+@given(st.lists(st.text("aAbB_12", min_size=1, max_size=4), max_size=12, unique=True))
+def test_every_column_has_a_name_of_its_own(names: list[str]) -> None:
+    """B2: whatever they are; and the order in which they come makes no difference."""
+    numbered = list(enumerate(names, start=1))
+    found = aliases(numbered, ["_a"])
+    every = folded(*(found.get(attnum, name) for attnum, name in numbered), "_a")
+    assert len(set(every)) == len(every)
+    assert aliases(reversed(numbered), ["_a"]) == found
+
+
+def test_types() -> None:
+    """A16: a domain is what it is over; A15: an enum is text; what is gone, too."""
+    described = [StoredColumn("c", oid, -1, 1) for oid in (23, 16400, 16401, 16402, 99999)]
+    found = HOLDING.columns(TABLE, NAMES, described, soft=False)
+    assert [c.held_as for c in found] == [None, (23, -1), (1007, -1), (TEXT, -1), (TEXT, -1)]
+    assert [c.kind.duckdb for c in found] == ["INTEGER", "INTEGER", "INTEGER[]", "VARCHAR", "VARCHAR"]
+
+
+def test_choices() -> None:
+    """CDC_TYPES: of one column, by any name of its table, and only what it can be."""
+    holding = dataclasses.replace(
+        HOLDING,
+        choices={"public.t.a": Basis(701, -1), "old.t.b": Basis(NUMERIC, TEN_TWO), "public.t.c": Basis(TEXT, -1)},
+    )
+
+    def kinds(oid: int) -> list[str]:
+        found = holding.columns(TABLE, ("old.t", "public.t"), columns("a", "b", "c", "d", oid=oid), soft=False)
+        return [column.kind.duckdb for column in found]
+
+    assert kinds(NUMERIC) == ["DOUBLE", "DECIMAL(10,2)", "VARCHAR", "VARCHAR"]
+    assert kinds(UUID) == ["UUID", "UUID", "VARCHAR", "UUID"]
+
+
+def test_widened() -> None:
+    """A column whose type could not hold what it has is text, whatever was chosen."""
+    holding = dataclasses.replace(HOLDING, choices={"public.t.a": Basis(701, -1)})
+    table = dataclasses.replace(TABLE, widened=(1, 3))
+    found = holding.columns(table, NAMES, columns("a", "b", "c", oid=NUMERIC, typmod=TEN_TWO), soft=False)
+    assert [column.kind.duckdb for column in found] == ["VARCHAR", "DECIMAL(10,2)", "VARCHAR"]
+
+
+def test_held() -> None:
+    """A relation as the decoder is given it has the names and types of the table, and its own key."""
+    stored = HOLDING.columns(
+        TABLE, NAMES, [StoredColumn("a", 16400, -1, 1), StoredColumn("A", 16402, -1, 2)], soft=False
+    )
+    table = dataclasses.replace(TABLE, columns=stored)
+    relation = Relation(7, "s", "r", "d", (Column("a", 16400, -1, is_key=True), Column("A", 16402, -1, is_key=False)))
+    assert held(table, relation) == dataclasses.replace(
+        relation, columns=(Column("a", 23, -1, is_key=True), Column("A_2", TEXT, -1, is_key=False))
+    )
