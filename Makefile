@@ -46,6 +46,7 @@ demo: setup
 
 bench: setup
 	$(BIN)/python -m bench.decode
+	$(BIN)/python -m bench.values
 	$(BIN)/python -m bench.backlog $(BENCH)
 	$(BIN)/python -m bench.snapshot $(BENCH)
 

@@ -45,14 +45,14 @@ def _relation() -> bytes:
     return b"R" + struct.pack("!I", 16384) + b"public\0orders\0d" + struct.pack("!h", len(_COLUMNS)) + columns
 
 
-def _insert(key: int, draw: random.Random) -> bytes:
+def _insert(key: int, draw: random.Random, *, odd: bool) -> bytes:
     moment = f"2026-{draw.randint(1, 12):02}-{draw.randint(1, 28):02} 12:{draw.randint(0, 59):02}:07"
     values = (
         str(key),
         str(draw.randint(1, 1_000_000)),
         draw.choice(("new", "paid", "shipped", "delivered", "cancelled by customer")),
         "x" * draw.randint(0, 60),
-        f"{draw.randint(0, 99_999)}.{draw.randint(0, 99):02}",
+        "NaN" if odd else f"{draw.randint(0, 99_999)}.{draw.randint(0, 99):02}",
         str(draw.randint(1, 100)),
         draw.choice("tf"),
         f"{moment}.{draw.randint(1, 999_999):06}+00",
@@ -63,24 +63,28 @@ def _insert(key: int, draw: random.Random) -> bytes:
     return b"I" + struct.pack("!I", 16384) + b"N" + struct.pack("!h", len(values)) + cells
 
 
-def _batches(n_rows: int) -> list[WireBatch]:
+def frames(n_rows: int, odd: int | None = None) -> list[WireBatch]:
+    """Return inserts in transactions of 1000, in batches; row `odd` has NaN in its numeric."""
     draw = random.Random(1)
     batches: list[WireBatch] = []
-    frames = [_frame(_relation(), 0)]
+    found = [_frame(_relation(), 0)]
     for first in range(0, n_rows, _TRANSACTION_ROWS):
         lsn = (first + 1) << 8
-        frames.append(_frame(b"B" + struct.pack("!QqI", lsn, first, 700 + first), lsn))
-        frames += [_frame(_insert(key, draw), lsn) for key in range(first, min(first + _TRANSACTION_ROWS, n_rows))]
-        frames.append(_frame(b"C" + struct.pack("!BQQq", 0, lsn, lsn + 48, first), lsn + 48))
-        if len(frames) >= _BATCH_TRANSACTIONS * _TRANSACTION_ROWS:
-            batches.append(WireBatch(frames, True))
-            frames = []
-    if frames:
-        batches.append(WireBatch(frames, True))
+        found.append(_frame(b"B" + struct.pack("!QqI", lsn, first, 700 + first), lsn))
+        found += [
+            _frame(_insert(key, draw, odd=key == odd), lsn)
+            for key in range(first, min(first + _TRANSACTION_ROWS, n_rows))
+        ]
+        found.append(_frame(b"C" + struct.pack("!BQQq", 0, lsn, lsn + 48, first), lsn + 48))
+        if len(found) >= _BATCH_TRANSACTIONS * _TRANSACTION_ROWS:
+            batches.append(WireBatch(found, True))
+            found = []
+    if found:
+        batches.append(WireBatch(found, True))
     return batches
 
 
-def _run(batches: list[WireBatch]) -> tuple[float, float]:
+def decode(batches: list[WireBatch]) -> tuple[float, float]:
     """Return the seconds that the two stages take."""
     decoder = Decoder(0)
     stage1_s = stage2_s = 0.0
@@ -99,9 +103,9 @@ def main() -> None:
     """Build the frames, decode them several times, print the best."""
     n_rows = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     pa.set_cpu_count(1)
-    batches = _batches(n_rows)
+    batches = frames(n_rows)
     size = sum(len(frame) for batch in batches for frame in batch.frames)
-    stage1_s, stage2_s = min((_run(batches) for _ in range(_RUNS)), key=sum)
+    stage1_s, stage2_s = min((decode(batches) for _ in range(_RUNS)), key=sum)
     total_s = stage1_s + stage2_s
     print(
         f"{n_rows} rows of {len(_COLUMNS)} columns, {size / 1e6:.0f} MB, batches of {len(batches[0].frames)} messages"
