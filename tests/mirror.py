@@ -198,7 +198,7 @@ class _Column:
 def _columns(database: Database, lake: Lake, table: str) -> list[_Column]:
     """Return the columns that are published: all but generated ones, in order."""
     schema, name = table.split(".", 1)
-    with psycopg.connect(database.dsn) as connection:
+    with psycopg.connect(database.dsn, client_encoding="UTF8") as connection:
         names = connection.execute(
             "SELECT a.attname FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid "
             "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s AND a.attnum > 0 "

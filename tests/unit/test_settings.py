@@ -10,6 +10,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from cdc.errors import SettingsError
+from cdc.pgoutput.types import column_type
 from cdc.settings import load
 
 
@@ -205,6 +206,26 @@ def test_the_predecessors_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("POSTGRES_PRIMARY_KEY")
     assert str(refused({"view": "orders"})) == "CDC_VIEW needs CDC_VIEW_OF"
     assert str(refused({"primary_key": "id"})) == "CDC_PRIMARY_KEY needs CDC_VIEW_OF"
+
+
+def test_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By column; the comma of a DECIMAL parts no entries."""
+    monkeypatch.setenv("CDC_TYPES", "s.t.a:DOUBLE, s.t.b:decimal(12, 2),s.t.c.d:VARCHAR")
+    found = {name: column_type(*basis).duckdb for name, basis in load({}).choices.items()}
+    assert found == {"s.t.a": "DOUBLE", "s.t.b": "DECIMAL(12,2)", "s.t.c.d": "VARCHAR"}
+    for wrong in (
+        "s.t.a",
+        "s.t.a:INT",
+        "t.a:DOUBLE",
+        "s.t.a:DECIMAL(39,2)",
+        "s.t.a:DECIMAL(5,6)",
+        "s.t.a:DECIMAL(0,0)",
+    ):
+        assert "not schema.table.column and one of :VARCHAR" in str(refused({"types": wrong})), wrong
+    assert str(refused({"types": "s.t.a:DOUBLE,s.t.a:VARCHAR"})) == "CDC_TYPES: s.t.a has more than one type"
+    both = "CDC_TYPES: s.t.a is in CDC_EXCLUDE or CDC_MASK as well"
+    assert str(refused({"types": "s.t.a:DOUBLE", "mask": "s.t.a:hash"})) == both
+    assert str(refused({"types": "s.t.a:DOUBLE", "exclude": "s.t.a"})) == both
 
 
 def test_masks(monkeypatch: pytest.MonkeyPatch) -> None:
