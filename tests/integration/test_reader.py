@@ -52,6 +52,15 @@ def held(tmp_path: Path) -> Iterator[Warehouse]:
     assert not any(path.exists() for path in socket_paths(warehouse.path))
 
 
+def next_batch(held: Warehouse) -> None:
+    """Do as a consumer does between two batches: who holds the file for 10 s without a break lets nobody new in."""
+    held.rollback()
+    held.release()
+    held.acquire()
+    held.begin()
+    held.execute("INSERT INTO t VALUES (2, 0, 0, 0)")
+
+
 def query(warehouse: Path, sql: str, *options: str) -> subprocess.CompletedProcess[str]:
     """Ask as a user does, in a process of its own."""
     command = [*PROGRAM, "query", "--warehouse", str(warehouse), *options, sql]
@@ -62,8 +71,10 @@ def test_what_is_committed_is_answered(held: Warehouse) -> None:
     """L4: names that come twice, exact values, and nothing of the transaction that is open."""
     done = query(held.path, "SELECT i, d, f, n, i FROM t", "--format", "json")
     assert json.loads(done.stdout) == [{"i": 1, "d": "2.50", "f": 0.1, "n": None, "i_1": 1}]
+    next_batch(held)
     assert query(held.path, "FROM t WHERE i > 5", "--format", "csv").stdout == "i,d,f,n\n"
     assert held.in_transaction
+    next_batch(held)
     held.commit()
     assert query(held.path, "SELECT count(*) FROM t", "--format", "csv").stdout == "count_star()\n2\n"
 
@@ -105,9 +116,12 @@ def test_queries_that_fail(held: Warehouse) -> None:
     assert hint == "tables are named as in Postgres"
     for rows in (300_000, 6_000_000):
         late = f"SELECT CAST(CASE WHEN i = {rows // 2} THEN 'x' ELSE '1' END AS INTEGER) FROM range({rows}) AS r(i)"
+        next_batch(held)
         refused(query(held.path, late))
+    next_batch(held)
     error, _ = refused(query(held.path, "WITH d AS (DELETE FROM t RETURNING *) SELECT * FROM d"))
     assert error.startswith("the query failed: ")
+    next_batch(held)
     assert query(held.path, "SELECT i FROM t", "--format", "csv").stdout == "i\n1\n"
 
 
