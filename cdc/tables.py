@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from cdc.copies import Copies, Observer
 from cdc.drift import Verdict, judge
-from cdc.errors import ConnectionLost, MaskError, Resync, TableError
+from cdc.errors import ConnectionLost, MaskError, Resync, TableError, Widen
 from cdc.live import live_table, relation_of
 from cdc.reconcile import again, reconcile
 from cdc.settings import Settings
@@ -171,7 +171,7 @@ class Tables:
         table = self._sink.set_aside(error)
         if table is None:
             raise error
-        if table.state == "error":
+        if table.state == "error" or isinstance(error, Widen):  # a copy would have the column as it was
             self._drop_copy(table)
         self._observer.event("table", table=str(table), state=table.state, reason=str(error), hint=error.hint)
 

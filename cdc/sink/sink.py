@@ -200,7 +200,7 @@ class Sink:
         table = self.ledger.tables.get(error.oid)
         if table is not None:
             state: State = "resyncing" if isinstance(error, Resync) else "error"
-            widened = (*table.widened, error.attnum) if isinstance(error, Widen) else table.widened
+            widened = tuple({*table.widened, error.attnum}) if isinstance(error, Widen) else table.widened
             self.write_tables([dataclasses.replace(table, state=state, reason=str(error), widened=widened)])
         return self.ledger.tables.get(error.oid)
 

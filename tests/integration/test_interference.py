@@ -117,10 +117,10 @@ def test_resync_of_a_table_whose_copy_is_half_read(database: Database, lake: Lak
 @pg18
 @pytest.mark.parametrize("mended", [False, True], ids=["it stays", "it goes again"])
 def test_error_in_the_stream_of_a_table_being_resynced(database: Database, lake: Lake, mended: bool) -> None:
-    """A5, K1: a key that DuckDB cannot hold comes while the copy is read; what comes after it is not lost silently."""
+    """A3, K1: a key that its type cannot hold comes while the copy is read: a new one has it as text."""
     database.execute(
-        "CREATE TABLE t (id date PRIMARY KEY, pad text);"
-        "INSERT INTO t SELECT date '2000-01-01' + i, repeat(md5(i::text), 3) FROM generate_series(1, 20000) AS i"
+        "CREATE TABLE t (id numeric(8,0) PRIMARY KEY, pad text);"
+        "INSERT INTO t SELECT i, repeat(md5(i::text), 3) FROM generate_series(1, 20000) AS i"
     )
     mirror_once(lake, database.dsn)
     before = copy_lsns(lake)["public.t"]
@@ -129,23 +129,16 @@ def test_error_in_the_stream_of_a_table_being_resynced(database: Database, lake:
         gate.hold_rows(SOME_BYTES)
         resync(lake, database.dsn, "public.t")
         until(lambda: gate.waiting, what=f"the copy to be under way; see {consumer.log}")
-        database.execute("INSERT INTO t VALUES ('infinity', 'too far')")
-        until(lambda: "key column" in consumer.output, 20, f"the error; see {consumer.log}")
-        assert gate.waiting
-        database.execute("INSERT INTO t VALUES ('1990-01-01', 'after the error')")
+        database.execute("INSERT INTO t VALUES ('NaN', 'too far')")
+        until(lambda: "column id of public.t becomes text" in consumer.output, 20, f"the error; see {consumer.log}")
+        database.execute("INSERT INTO t VALUES (90001, 'after the error')")
         if mended:
-            database.execute("DELETE FROM t WHERE id = 'infinity'")
+            database.execute("DELETE FROM t WHERE id = 'NaN'")
         settle(consumer, database, lake)
         gate.open()
-        until(lambda: states(lake)["public.t"] in ("streaming", "error"), 30, consumer.output)
-        database.execute("INSERT INTO t VALUES ('1990-01-02', 'after the copy')")
+        await_states(consumer, lake, "streaming", "public.t")
+        database.execute("INSERT INTO t VALUES (90002, 'after the copy')")
         settle(consumer, database, lake)
-        if states(lake)["public.t"] == "error":
-            assert "key column id" in reason(lake, "public.t")
-            database.execute("DELETE FROM t WHERE id = 'infinity'")
-            resync(lake, database.dsn, "public.t")
-            await_states(consumer, lake, "streaming", "public.t")
-            settle(consumer, database, lake)
         assert copy_lsns(lake)["public.t"] > before
         equal(database, lake, {"public.t": ["id"]})
         assert not leftovers(lake)
