@@ -6,6 +6,7 @@ own client reads them from the warehouse, or from the replayed history, on the o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -14,10 +15,10 @@ import sys
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import duckdb
 import psycopg
@@ -27,13 +28,15 @@ from cdc.pipeline import Pipeline
 from cdc.settings import load
 from cdc.sink.warehouse import open_file
 from tests.conftest import Database, Lake
-from tests.values import PINNED, from_duckdb, from_postgres, logged, picked
+from tests.values import PINNED, fits, from_duckdb, from_postgres, logged, picked
 
 __all__ = [
     "PROGRAM",
     "Consumer",
     "differences",
+    "exact_differences",
     "mirror_once",
+    "one_look",
     "replayed",
     "run_cdc",
     "states",
@@ -166,8 +169,23 @@ def open_warehouse(lake: Lake, timeout_s: float = 30.0) -> duckdb.DuckDBPyConnec
             return connection
 
 
+_looks: dict[Path, duckdb.DuckDBPyConnection] = {}
+
+
+@contextlib.contextmanager
+def one_look(lake: Lake) -> Iterator[None]:
+    """Within it `warehouse_rows` has one connection, and no consumer may write: opening the file takes its time."""
+    _looks[lake.warehouse] = open_warehouse(lake)
+    try:
+        yield
+    finally:
+        _looks.pop(lake.warehouse).close()
+
+
 def warehouse_rows(lake: Lake, query: str) -> list[tuple[Any, ...]]:
     """Run `query` in the warehouse."""
+    if lake.warehouse in _looks:
+        return _looks[lake.warehouse].execute(query).fetchall()
     connection = open_warehouse(lake)
     try:
         return connection.execute(query).fetchall()
@@ -188,20 +206,22 @@ def states(lake: Lake) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Column:
-    """A column: its name in Postgres, its name and DuckDB type here."""
+    """A column: its name in Postgres, its name and DuckDB type here, and the delimiter of its arrays' elements."""
 
     name: str
     here: str
     kind: str
+    delimiter: str
 
 
 def _columns(database: Database, lake: Lake, table: str) -> list[_Column]:
     """Return the columns that are published: all but generated ones, in order."""
     schema, name = table.split(".", 1)
-    with psycopg.connect(database.dsn, client_encoding="UTF8") as connection:
+    with psycopg.connect(database.dsn, options=PINNED) as connection:
         names = connection.execute(
-            "SELECT a.attname FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid "
-            "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s AND a.attnum > 0 "
+            "SELECT a.attname, coalesce(t.typdelim, ',') FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid "
+            "JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN pg_type t ON t.oid = a.atttypid "
+            "WHERE n.nspname = %s AND c.relname = %s AND a.attnum > 0 "
             "AND NOT a.attisdropped AND a.attgenerated = '' ORDER BY a.attnum",
             [schema, name],
         ).fetchall()
@@ -211,8 +231,8 @@ def _columns(database: Database, lake: Lake, table: str) -> list[_Column]:
     )
     aliases = {column[0]: column[5] or column[0] for column in json.loads(known[0][0])}
     kinds = {column: kind for column, kind, *_ in warehouse_rows(lake, f"DESCRIBE {_target(lake, table)}")}
-    found = [(str(column), str(aliases.get(column, column))) for (column,) in names]
-    return [_Column(column, here, kinds.get(here, "VARCHAR")) for column, here in found]
+    found = [(str(column), str(aliases.get(column, column)), str(delimiter)) for column, delimiter in names]
+    return [_Column(column, here, kinds.get(here, "VARCHAR"), delimiter) for column, here, delimiter in found]
 
 
 def _target(lake: Lake, table: str) -> str:
@@ -225,8 +245,13 @@ def _target(lake: Lake, table: str) -> str:
 
 def source_rows(database: Database, lake: Lake, table: str, where: str = "true") -> Counter[tuple[Hashable, ...]]:
     """Return a table's rows as Postgres has them, in the form that its columns in the warehouse ask for."""
-    schema, name = table.split(".", 1)
     columns = _columns(database, lake, table)
+    return Counter(_source_form(row, columns) for row in _printed(database, table, columns, where))
+
+
+def _printed(database: Database, table: str, columns: Sequence[_Column], where: str = "true") -> list[list[str | None]]:
+    """Return the text of each value of a table, as a session with `PINNED` prints it."""
+    schema, name = table.split(".", 1)
     with psycopg.connect(database.dsn, options=PINNED) as connection:
         query = sql.SQL("SELECT {} FROM {} WHERE {}").format(
             sql.SQL(", ").join(sql.Identifier(column.name) for column in columns),
@@ -235,13 +260,78 @@ def source_rows(database: Database, lake: Lake, table: str, where: str = "true")
         )
         found = connection.execute(query, binary=False).pgresult
         assert found is not None
-        texts = (
+        return [
             [None if (value := found.get_value(row, i)) is None else value.decode() for i in range(len(columns))]
             for row in range(found.ntuples)
+        ]
+
+
+def _source_form(row: Sequence[str | None], columns: Sequence[_Column]) -> tuple[Hashable, ...]:
+    return tuple(from_postgres(text, c.kind, c.delimiter) for text, c in zip(row, columns, strict=True))
+
+
+def exact_differences(database: Database, lake: Lake, table: str, key: Sequence[str]) -> str:
+    """Return how Postgres differs from the warehouse, the replayed history and the quarantine; '' if it does not.
+
+    A value that does not fit, by docs/types.md, has to be NULL in the first two, and in the quarantine as just what
+    Postgres prints, as current, under its row's key; and nothing else may be there as current.
+
+    Args:
+        key: columns of the replica identity, of whole numbers or text; none: the table has none, or FULL.
+    """
+    schema, name = table.split(".", 1)
+    columns = _columns(database, lake, table)
+    source: Counter[tuple[Hashable, ...]] = Counter()
+    unfit: Counter[tuple[Hashable, ...]] = Counter()
+    for row in _printed(database, table, columns):
+        fitting = [t if t is None or fits(t, c.kind, c.delimiter) else None for t, c in zip(row, columns, strict=True)]
+        source[_source_form(fitting, columns)] += 1
+        texts = dict(zip((column.name for column in columns), row, strict=True))
+        label = json.dumps({part: texts[part] for part in key}) if key else None
+        unfit.update(
+            (column.here, label, texts[column.name])
+            for column, text in zip(columns, fitting, strict=True)
+            if text != texts[column.name]
         )
-        return Counter(
-            tuple(from_postgres(text, c.kind) for text, c in zip(row, columns, strict=True)) for row in texts
-        )
+    current = warehouse_rows(
+        lake,
+        "SELECT column_name, key, value FROM _cdc.quarantine "
+        f"WHERE current AND (schema_name, table_name) = ({_literal(schema)}, {_literal(name)})",
+    )
+    sides = {
+        "warehouse": (source, mirrored_rows(database, lake, table)),
+        "history": (source, replayed(database, lake, table, key)),
+        "quarantine": (unfit, Counter(current)),
+    }
+    found = (
+        f"{side} of {table}: {_unlike(expected, there, side != 'quarantine' and columns)}"
+        for side, (expected, there) in sides.items()
+        if expected != there
+    )
+    return "\n".join(found)
+
+
+def _unlike(
+    expected: Counter[tuple[Any, ...]], found: Counter[tuple[Any, ...]], columns: Sequence[_Column] | Literal[False]
+) -> str:
+    """Tell what is missing, and what is too much; of rows with the same first value, only the columns that differ."""
+    missing, surplus = list((expected - found).elements()), list((found - expected).elements())
+    if columns:
+        for row in missing:
+            for other in surplus:
+                unlike = [
+                    f"{c.here} {c.kind}: {_short(a)} became {_short(b)}"
+                    for a, b, c in zip(row, other, columns, strict=True)
+                    if a != b
+                ]
+                if row[0] == other[0]:
+                    return f"{len(missing)} rows missing, {len(surplus)} too many, as {row[0]}: {'; '.join(unlike)}"
+    return f"missing {_short(missing[:3])}, too many {_short(surplus[:3])}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 500 else f"{text[:250]} ... {text[-100:]} ({len(text)})"
 
 
 def source_texts(database: Database, table: str) -> Counter[tuple[str | None, ...]]:
@@ -332,7 +422,7 @@ def replayed(database: Database, lake: Lake, table: str, key: Sequence[str]) -> 
     connection.close()
     formed = [(*row[:4], *_form(row[4:], columns)) for row in rows]
     fills = [
-        (change.at, index, from_postgres(change.default, column.kind))
+        (change.at, index, from_postgres(change.default, column.kind, column.delimiter))
         for index, column in enumerate(columns)
         for change in _of(column.here, changes)
         if change.old_name is None and change.default is not None

@@ -7,16 +7,17 @@ value, the plainest way: nothing here is shared with what is tested.
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 from collections.abc import Hashable
 from typing import Any
 
-__all__ = ["PINNED", "array_elements", "from_duckdb", "from_postgres", "logged", "picked"]
+__all__ = ["PINNED", "array_elements", "fits", "from_duckdb", "from_postgres", "logged", "picked"]
 
 PINNED = (
     "-c timezone=UTC -c datestyle=ISO -c intervalstyle=postgres -c extra_float_digits=3 -c bytea_output=hex "
-    "-c lc_monetary=C -c search_path= -c client_encoding=UTF8"
+    "-c lc_monetary=C -c search_path= -c client_encoding=UTF8 -c quote_all_identifiers=off"
 )
 """Startup options of a session that prints values so."""
 
@@ -24,12 +25,16 @@ _INTEGERS = ("SMALLINT", "INTEGER", "BIGINT")
 _FLOATS = ("FLOAT", "DOUBLE")
 
 
-def from_postgres(text: str | None, kind: str) -> Hashable:  # noqa: PLR0911 -- one per kind
-    """Return the form of what Postgres prints, for a column that is of type `kind` in DuckDB."""
+def from_postgres(text: str | None, kind: str, delimiter: str = ",") -> Hashable:  # noqa: PLR0911 -- one per kind
+    """Return the form of what Postgres prints, for a column that is of type `kind` in DuckDB.
+
+    Args:
+        delimiter: of the elements of an array.
+    """
     if text is None:
         return None
     if kind.endswith("[]"):
-        return tuple(from_postgres(element, kind[:-2]) for element in array_elements(text))
+        return tuple(from_postgres(element, kind[:-2]) for element in array_elements(text, delimiter))
     if kind == "BOOLEAN":
         return {"t": True, "f": False}[text]
     if kind in _INTEGERS:
@@ -39,6 +44,29 @@ def from_postgres(text: str | None, kind: str) -> Hashable:  # noqa: PLR0911 -- 
     if kind == "BLOB":
         return bytes.fromhex(text.removeprefix("\\x"))
     return _interval(text) if kind == "INTERVAL" else text
+
+
+_LAST_MOMENT = (294247, "-01-10 04:00:54.775806")
+
+
+def fits(text: str, kind: str, delimiter: str = ",") -> bool:
+    """Whether docs/types.md lets a column of type `kind` in DuckDB hold what Postgres prints."""
+    if kind.endswith("[]"):
+        if text.startswith(("[", "{{")):  # another lower bound; more than one dimension
+            return False
+        return all(element is None or fits(element, kind[:-2]) for element in array_elements(text, delimiter))
+    if kind.startswith("DECIMAL"):
+        return text != "NaN"
+    if kind.startswith("TIMESTAMP"):
+        year, rest = re.split("(?=-)", text, maxsplit=1) if text[0].isdigit() else ("0", "")
+        return text.endswith("BC") or (int(year), rest.removesuffix("+00")) <= _LAST_MOMENT
+    if kind == "INTERVAL":
+        return "infinity" not in text
+    return kind != "JSON" or not any(
+        "\ud800" <= character <= "\udfff"
+        for string in re.findall(r'(?s)"(?:[^"\\]|\\.)*"', text)
+        for character in json.loads(string, strict=False)
+    )
 
 
 def picked(value: str, kind: str) -> str:
@@ -65,6 +93,8 @@ def from_duckdb(value: Any, kind: str) -> Hashable:
         return tuple(from_duckdb(element, kind[:-2]) for element in value)
     if kind in _FLOATS:
         return _float(value, kind)
+    if kind.startswith("DECIMAL"):
+        return re.sub(r"^-?(?=\.)", r"\g<0>0", value)  # .5 is 0.5
     if kind in ("DATE", "TIMESTAMP", "TIMESTAMP WITH TIME ZONE"):
         found = re.fullmatch(r"(\d+-\d\d-\d\d) \(BC\)(.*)", value)
         return f"{found[1]}{found[2]} BC" if found else value
@@ -91,19 +121,19 @@ def _interval(text: str) -> tuple[int, int, int] | str:
     return months, days, microseconds
 
 
-def array_elements(text: str) -> list[str | None]:
+def array_elements(text: str, delimiter: str = ",") -> list[str | None]:
     """Return the elements of an array of one dimension, as array_out prints it."""
-    assert text.startswith("{"), text
-    delimiter = ";" if "(" in text and ";" in text else ","
+    assert text[:1] + text[-1:] == "{}", text
     elements: list[str | None] = []
     at = 1
     while at < len(text) - 1:
-        element, quoted = "", text[at] == '"'
-        at += quoted
-        while text[at] != '"' if quoted else text[at] not in (delimiter, "}"):
-            at += text[at] == "\\"
-            element += text[at]
-            at += 1
-        elements.append(None if element == "NULL" and not quoted else element)
-        at += 1 + quoted
+        found = re.compile(rf'(?s)"((?:[^"\\]|\\.)*)"|([^"{delimiter}{{}}]+)').match(text, at)
+        assert found is not None, text[at:]
+        quoted, plain = found.groups()
+        if quoted is not None:
+            elements.append(re.sub(r"(?s)\\(.)", r"\1", quoted))
+        else:
+            elements.append(None if plain == "NULL" else plain)
+        at = found.end() + 1
+        assert text[at - 1] == (delimiter if at < len(text) else "}"), text[at - 1 :]
     return elements

@@ -47,6 +47,7 @@ PINNED: Mapping[str, str] = {
     "client_encoding": "UTF8",
     "lc_monetary": "C",
     "search_path": "pg_catalog",
+    "quote_all_identifiers": "off",
     "row_security": "off",
     "statement_timeout": "0",
     "lock_timeout": "0",
