@@ -110,6 +110,7 @@ class Copy:
         self._lock = threading.Lock()
         self._rows = 0
         self._files: list[HistoryFile] = []
+        self._copied: CopiedTable
         self._masks = settings.masks
 
     def start(self) -> None:
@@ -149,14 +150,14 @@ class Copy:
                 if self._stopping.is_set():
                     raise _Stopped
                 self._forget()
-                snapshot = copy_table(
+                copy_table(
                     self._settings.dsn,
                     self._publications,
                     self.oid,
                     # Of its own at each try: the server may not have noticed yet that an earlier one was given up.
                     f"{self._settings.slot[:40]}_copy_{secrets.token_hex(4)}",
                     limits,
-                    started=lambda snapshot: self._put(CopyBegun(self._copied(snapshot), snapshot.estimate_bytes)),
+                    started=self._begin,
                     rows=self._chunk,
                     waiting=lambda blockers, waited_s: self._waiting(blockers, waited_s, self._name),
                     stopping=self._stopping.is_set,
@@ -164,12 +165,15 @@ class Copy:
                 # A commit of our own behind L: on an idle server the stream would not soon go past L.
                 with connect(self._settings.dsn) as connection:
                     fence.emit(connection)
-        return Copied(self._copied(snapshot), self._rows, tuple(self._files))
+        return Copied(self._copied, self._rows, tuple(self._files))
+
+    def _begin(self, snapshot: Snapshot) -> None:
+        self._copied = self._described(snapshot)
+        self._put(CopyBegun(self._copied, snapshot.estimate_bytes))
 
     def _chunk(self, snapshot: Snapshot, data: bytes, count: int) -> None:
         """Decode some rows, write them for the history, and put them. Runs in the workers' threads."""
-        stored = self._stored(snapshot)
-        columns = [Column(column.here, *column.basis, is_key=False) for column in stored]
+        columns = [Column(column.here, *column.basis, is_key=False) for column in self._copied.columns]
         arrays, unfit = decode_copy(data, columns, self._masked(snapshot))
         with self._lock:
             seq = np.arange(COPY_SEQ + 1 + self._rows, COPY_SEQ + 1 + self._rows + count)
@@ -186,7 +190,7 @@ class Copy:
                 names,
                 arrays,
             )
-            file = self._history.describe(*self._here(snapshot), log)
+            file = self._history.describe(*self._copied.here, log)
             with self._lock:
                 self._files.append(file)
             self._history.write_temporary(file, log)
@@ -206,7 +210,7 @@ class Copy:
         key = [index for index, name in enumerate(names) if attnums[name] in snapshot.definition.key]
         return masks_of(self._masks, self.oid, known[1:], names, key)
 
-    def _copied(self, snapshot: Snapshot) -> CopiedTable:
+    def _described(self, snapshot: Snapshot) -> CopiedTable:
         """Return what is copied, as the warehouse has it."""
         definition, stored = snapshot.definition, self._stored(snapshot)
         return CopiedTable(
@@ -219,14 +223,8 @@ class Copy:
             definition.types,
             stored,
             tuple(column.here for column in stored if column.attnum in definition.key),
-            self._alias(snapshot),
+            table_alias(self._tables, self.oid, definition.schema, definition.name),
         )
-
-    def _alias(self, snapshot: Snapshot) -> str:
-        return table_alias(self._tables, self.oid, snapshot.definition.schema, snapshot.definition.name)
-
-    def _here(self, snapshot: Snapshot) -> tuple[str, str]:
-        return snapshot.definition.schema, self._alias(snapshot) or snapshot.definition.name
 
     def _stored(self, snapshot: Snapshot) -> tuple[StoredColumn, ...]:
         attnums = {attribute.name: attribute.attnum for attribute in snapshot.definition.attributes}
@@ -238,7 +236,7 @@ class Copy:
             label = "" if mask is None else mask.label
             stored.append(StoredColumn(held.name, held.type_oid, held.typmod, attnums[held.name], label))
         known, soft = (self._name, str(snapshot.published)), self._settings.deletes == "soft"
-        return self._holding.columns(self._table, known, stored, soft=soft)
+        return self._holding.columns(self._table, known, stored, snapshot.definition.key, soft=soft)
 
     def _forget(self) -> None:
         """Begin from nothing: remove the files of a try that did not come to its end."""

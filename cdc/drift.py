@@ -52,7 +52,7 @@ def judge(
     if described != [(c.name, c.type_oid, c.typmod) for c in table.columns]:
         return Verdict("altered")
     names = (str(table), str(definition))
-    held = holding.columns(table, names, stored_columns(live), soft=table.deletes == "soft")
+    held = holding.columns(table, names, stored_columns(live), definition.key, soft=table.deletes == "soft")
     if reason := _held_otherwise(table.columns, held):
         return Verdict("rewritten", reason)
     if (definition.storage, definition.types) == (table.storage, table.types):
@@ -68,7 +68,7 @@ def _held_otherwise(before: Sequence[StoredColumn], now: Sequence[StoredColumn])
             return "a column was dropped and added again"
         if old.mask != new.mask:
             return "it has other masks under its name"
-        if (old.here, old.basis) != (new.here, new.basis):
+        if (old.here, old.kind.duckdb) != (new.here, new.kind.duckdb):
             return f"column {new.name} is to be {new.here} {new.kind.duckdb}, and was {old.here} {old.kind.duckdb}"
     return ""
 

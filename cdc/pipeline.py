@@ -71,10 +71,11 @@ class Pipeline:
         self._warehouse = Warehouse(settings.warehouse, settings.memory, settings.threads, settings.tmp)
         self._answers = Answers(self._warehouse)
         self._history = History(settings.history)
+        self._declared = DeclaredTypes(settings.dsn)
         self._holding = Holding(
             settings.masks,
             settings.choices,
-            DeclaredTypes(settings.dsn),
+            self._declared,
             settings.history is not None,
             settings.quarantine_limit,
         )
@@ -88,7 +89,7 @@ class Pipeline:
             holding=self._holding,
             view=View(settings.view, settings.view_of) if settings.view else None,
         )
-        self._tables = Tables(settings, self._sink, observer, self._holding)
+        self._tables = Tables(settings, self._sink, observer, self._holding, self._declared)
         self._subscription = Subscription(settings, self._sink, observer)
         self._publications: tuple[str, ...] = ()
         self._stopping = False
@@ -159,7 +160,14 @@ class Pipeline:
             self._observer.event("renamed aside", table=settings.view, new_name=aside)
         copies = Copies(settings, self._publications, self._sink, self._observer, self._holding, waits.for_transactions)
         self._tables.begin(self._publications, copies)
-        watcher = Watcher(settings.dsn, self._publications, settings.tables, settings.exclude, settings.poll_interval)
+        watcher = Watcher(
+            settings.dsn,
+            self._publications,
+            settings.tables,
+            settings.exclude,
+            settings.poll_interval,
+            self._declared,
+        )
         try:
             self._connect()
             self._observer.event(

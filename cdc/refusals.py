@@ -197,10 +197,12 @@ def refuse_choices(tables: Iterable[TableDefinition], choices: Mapping[str, Basi
                 continue
             unknown.discard(name)
             natural = basis(attribute.type_oid, attribute.typmod, declared)
-            if not may_be(natural, choices[name]):
+            is_key = attribute.attnum in table.key
+            if not may_be(natural, choices[name], is_key=is_key):
                 raise SettingsError(
                     f"CDC_TYPES: {name} cannot be held as {column_type(*choices[name]).duckdb}",
-                    f"it can be {column_type(*natural).duckdb} or VARCHAR; numeric alone can be DOUBLE or a DECIMAL",
+                    f"it can be {column_type(*natural).duckdb} or VARCHAR; numeric alone can be DOUBLE or a DECIMAL, "
+                    "and DOUBLE only where it is no part of the key",
                 )
     if unknown:
         raise SettingsError(

@@ -112,6 +112,7 @@ def prepare(
         finally:
             replication.finish()
     sink.write_tables(reconcile(sink.ledger.tables.values(), published, gone=False, starting=True))
+    sink.write_tables(sink.misnamed())
     return publications
 
 
@@ -195,7 +196,8 @@ def _begin_anew(settings: Settings, sink: Sink, connection: Connection, found: S
                 "move it away yourself, or set CDC_HISTORY to another folder",
             ) from None
     # The tables that are ours stay readable until their new copies replace them.
-    ours = [dataclasses.replace(table, state="dropped", reason="") for table in sink.ledger.tables.values()]
+    known = sink.ledger.tables.values()
+    ours = [dataclasses.replace(table, state="dropped", reason="", widened=()) for table in known]
     _write_intent(settings, sink, system, ours)
 
 

@@ -31,6 +31,7 @@ from cdc.sink.sink import Sink
 from cdc.sink.storage import read as read_storage
 from cdc.source import fence
 from cdc.source.connection import connect
+from cdc.source.declared import DeclaredTypes
 from cdc.source.look import Look, look
 
 __all__ = ["Tables"]
@@ -39,11 +40,14 @@ __all__ = ["Tables"]
 class Tables:
     """See the module."""
 
-    def __init__(self, settings: Settings, sink: Sink, observer: Observer, holding: Holding) -> None:
+    def __init__(
+        self, settings: Settings, sink: Sink, observer: Observer, holding: Holding, declared: DeclaredTypes
+    ) -> None:
         self._settings = settings
         self._sink = sink
         self._observer = observer
         self._holding = holding
+        self._declared = declared
         self._publications: tuple[str, ...] = ()
         self._copies: Copies | None = None
         self._looks: dict[bytes, Look] = {}  # by the content of the fence
@@ -70,10 +74,10 @@ class Tables:
         storages = (read_storage(table.storage) for table in self._sink.ledger.tables.values())
         known = {oid for storage in storages if storage is not None for oid in storage.members}
         with connect(self._settings.dsn) as connection:
-            seen = look(connection, self._publications, known)
+            seen = look(connection, self._publications, self._declared, known)
             token = fence.emit(connection)
             # What changes just now may lie before the fence, and not be in the look.
-            self._looks[token] = seen.settled(look(connection, self._publications))
+            self._looks[token] = seen.settled(look(connection, self._publications, self._declared))
 
     def passed(self, contents: set[bytes]) -> list[Look]:
         """The stream has come past the fences with these contents: return the looks that hold in it now."""
@@ -137,7 +141,7 @@ class Tables:
             ConnectionLost: the connection broke.
         """
         with connect(self._settings.dsn) as connection:
-            seen = look(connection, self._publications)
+            seen = look(connection, self._publications, self._declared)
         return self._seen_live(oid, seen)
 
     def _seen_live(self, oid: int, seen: Look) -> LiveTable | None:

@@ -23,7 +23,7 @@ import pyarrow as pa
 from cdc.lsn import format_lsn
 from cdc.pgoutput.decoder import RelationRows, TableChanges, decode_rows
 from cdc.pgoutput.messages import Relation
-from cdc.pgoutput.types import TEXT, column_type
+from cdc.pgoutput.types import TEXT
 
 __all__ = ["UNCHANGED", "Change", "Exact", "as_json", "as_text", "boundary", "changes_of", "wanted"]
 
@@ -102,7 +102,7 @@ def changes_of(found: Iterable[RelationRows]) -> list[Change]:
 def _changes_of_table(rows: RelationRows) -> Iterator[Change]:
     relation = rows.relation
     # A list or an interval is read as Postgres prints it.
-    nested = [pa.types.is_nested(column_type(column.type_oid, column.typmod).arrow) for column in relation.columns]
+    nested = [pa.types.is_nested(column.kind.arrow) for column in relation.columns]
     decoded = decode_rows(_as_text(rows, nested))
     read = [_values(decoded, index) for index in range(len(relation.columns))]
     texts = decode_rows(_as_text(rows, [True] * len(nested))) if None in read else decoded

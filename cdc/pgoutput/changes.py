@@ -19,7 +19,6 @@ from cdc.errors import ProtocolError
 from cdc.pgoutput.messages import Column, Relation
 from cdc.pgoutput.rows import RelationRows
 from cdc.pgoutput.tuples import Tuples, gather, slice_tuples
-from cdc.pgoutput.types import column_type
 
 __all__ = ["TableChanges", "Unfit", "decode_column", "decode_rows"]
 
@@ -57,7 +56,7 @@ class TableChanges:
     Attributes:
         op: uint8[m], ord of I, U, D or T.
         lsn, seq, xid, commit_ts: as in RelationRows, [m].
-        columns: one array of length m per column of the relation, of types.column_type(...).arrow.
+        columns: one array of length m per column of the relation, of Column.kind.arrow.
         unchanged: by column index bool[m]: the value is unchanged TOAST that the message does not hold (NULL in
             `columns`). Columns without any are absent.
         unfit: at most one per column; its values are NULL in `columns`.
@@ -114,10 +113,10 @@ def decode_column(index: int, column: Column, raw: pa.BinaryArray) -> tuple[pa.A
         raw: the bytes of the values, as they came.
 
     Returns:
-        An array of types.column_type(...).arrow and length n, and what is NULL in it because its type cannot hold it.
+        An array of Column.kind.arrow and length n, and what is NULL in it because its type cannot hold it.
     """
     text, broken = _as_text(raw)
-    array, misfits = column_type(column.type_oid, column.typmod).parse(text)
+    array, misfits = column.kind.parse(text)
     if broken is None and misfits is None:
         return array, None
     return array, _unfit(index, raw, [mask for mask in (broken, misfits) if mask is not None])

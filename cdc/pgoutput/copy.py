@@ -31,7 +31,7 @@ def decode_copy(
         masks: what stands in place of a column's values, by its index.
 
     Returns:
-        One array of length n per column, of types.column_type(...).arrow (masked ones of their mask's type),
+        One array of length n per column, of Column.kind.arrow (masked ones of their mask's type),
         and the values that did not fit.
 
     Raises:

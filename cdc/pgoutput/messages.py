@@ -28,6 +28,7 @@ import dataclasses
 import struct
 
 from cdc.errors import ProtocolError
+from cdc.pgoutput.types import ColumnType, column_type
 
 __all__ = [
     "FRAME_HEADER_BYTES",
@@ -78,6 +79,11 @@ class Column:
     type_oid: int
     typmod: int
     is_key: bool
+
+    @property
+    def kind(self) -> ColumnType:
+        """How a column of this type is held."""
+        return column_type(self.type_oid, self.typmod)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

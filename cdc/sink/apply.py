@@ -21,7 +21,7 @@ import pyarrow as pa
 from cdc.errors import TableError
 from cdc.failpoints import reach
 from cdc.pgoutput.changes import TableChanges
-from cdc.pgoutput.types import ColumnType, column_type
+from cdc.pgoutput.types import ColumnType
 from cdc.sink import quarantine, rows
 from cdc.sink.checkpoint import Table
 from cdc.sink.history import as_log
@@ -107,11 +107,7 @@ class _Work:
             self.warehouse.execute(sql, [commit_ts])
         else:
             self.warehouse.execute(f"DELETE FROM {self.target}")
-        where = "schema_name = ? AND table_name = ?"
-        self.warehouse.execute(
-            f"UPDATE _cdc.quarantine SET current = false WHERE {where} AND current",
-            [self.table.schema, self.table.name],
-        )
+        quarantine.forget_table(self.warehouse, self.table)
 
     def bearable(self, changes: TableChanges) -> Iterator[TableChanges]:
         """Cut `changes` so that what has to be looked up for each part fits into memory.
@@ -214,10 +210,10 @@ class _Work:
             self._insert(changes, live[kept.last[~gone]], None)
             return
         valued = kept.valued >= 0
+        self._mark(changes, live[kept.last[~valued]])  # first: of keys that are equal, one may print otherwise
         self._delete(changes, live[kept.last[valued]])  # a key that has come back replaces its tombstone
         stamps = np.where(gone, changes.commit_ts[live[kept.last]], -1)[valued]
         self._insert(changes, live[kept.valued[valued]], stamps)
-        self._mark(changes, live[kept.last[~valued]])
 
     @property
     def _told_of_absence(self) -> bool:
@@ -312,7 +308,7 @@ class _Work:
         if which is not None and not len(which):
             return
         table = _relation_table(changes, which)
-        kinds = {column.name: column_type(column.type_oid, column.typmod) for column in changes.relation.columns}
+        kinds = {column.name: column.kind for column in changes.relation.columns}
         if deleted_at is not None:
             stamps = pa.array(deleted_at, mask=deleted_at < 0).cast(pa.timestamp("us", "UTC"))
             table = table.append_column(DELETED_AT, stamps)
@@ -365,8 +361,7 @@ def _name(changes: TableChanges, index: int) -> str:
 
 def _kind(changes: TableChanges, index: int) -> ColumnType:
     """Return how a column is held."""
-    column = changes.relation.columns[index]
-    return column_type(column.type_oid, column.typmod)
+    return changes.relation.columns[index].kind
 
 
 def _size(changes: TableChanges, index: int) -> str:

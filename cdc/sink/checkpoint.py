@@ -15,7 +15,8 @@ A table's state:
                    │            │             │
                    └────────────┴─────────────┴──▶ error, dropped   (pending again by `cdc resync`, or when published)
 
-This module alone writes these tables. It never commits: its callers say what belongs together.
+This module alone writes these tables, but quarantine.py that one. It never commits: its callers say what belongs
+together.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ CREATE TABLE _cdc.tables (
     alias VARCHAR NOT NULL, widened VARCHAR NOT NULL, last_change_ts TIMESTAMPTZ,
     requested BOOLEAN NOT NULL DEFAULT false);
 CREATE TABLE _cdc.quarantine (
-    schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, column_name VARCHAR NOT NULL, key VARCHAR,
+    schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, oid UINTEGER, column_name VARCHAR NOT NULL, key VARCHAR,
     value VARCHAR NOT NULL, lsn UBIGINT NOT NULL, seq BIGINT NOT NULL, current BOOLEAN NOT NULL);
 CREATE TABLE _cdc.files (
     path VARCHAR NOT NULL, schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, rows BIGINT NOT NULL,
@@ -85,6 +86,12 @@ _UPGRADES = {
     2: (
         "ALTER TABLE _cdc.tables ADD COLUMN alias VARCHAR DEFAULT ''",
         "ALTER TABLE _cdc.tables ADD COLUMN widened VARCHAR DEFAULT '[]'",
+        "ALTER TABLE _cdc.quarantine ADD COLUMN oid UINTEGER",
+        """UPDATE _cdc.quarantine AS q SET oid = t.oid FROM _cdc.tables AS t
+        WHERE (q.schema_name, q.table_name) = (t.schema_name, t.table_name)""",
+        # Keys are written in another way now, so the rows of those that are there would not be found.
+        """UPDATE _cdc.tables SET state = 'resyncing', reason = 'an earlier version has written its quarantine'
+        WHERE state = 'streaming' AND oid IN (SELECT oid FROM _cdc.quarantine WHERE current)""",
     ),
 }
 

@@ -71,7 +71,6 @@ class Evolution:
         self._ledger = ledger
         self._history = history
         self._live = live
-        self._masks = holding.masks
         self._holding = holding
         self._view = view
         self._viewed: int | None = None
@@ -143,13 +142,13 @@ class Evolution:
             MaskError: its masks go by the old name.
         """
         refuse_renamed(
-            self._masks,
+            self._holding.masks,
             table.oid,
             (str(table), ".".join(names)),
             [column.name for column in table.columns],
             was_masked=any(column.mask for column in table.columns),
         )
-        if any(name.startswith(f"{'.'.join(names)}.") for name in self._masks):
+        if any(name.startswith(f"{'.'.join(names)}.") for name in self._holding.masks):
             raise Resync(f"{table} is {'.'.join(names)} now, which has masks", table.oid)
         alias = table_alias(self._ledger.tables.values(), table.oid, *names)
         renamed = dataclasses.replace(table, schema=names[0], name=names[1], alias=alias)
@@ -203,10 +202,18 @@ class Evolution:
                 reason = f"table {other} has another name now, and CDC_MASK goes by the old one"
                 aside = dataclasses.replace(aside, state="error", reason=reason)
             self._ledger.put(aside)
+        self.refuse_stranger(table)
+
+    def refuse_stranger(self, table: Table) -> None:
+        """Refuse to replace what is none of ours.
+
+        Raises:
+            TableError: it has the table's name here.
+        """
         if schema.strangers(self._warehouse, self._ledger.tables.values(), [table.here]):
             raise TableError(
                 f"DuckDB has a {'.'.join(table.here)} that cdc did not make and would have to replace",
-                oid,
+                table.oid,
                 "rename it, or leave the table out with CDC_TABLES; then `cdc resync` the table",
             )
 

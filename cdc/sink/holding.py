@@ -1,9 +1,11 @@
 """How the columns of a table are held here: under which names, and as which types.
 
 A column keeps its name, unless DuckDB, which ignores case, or the change log has that one already: then its attnum is
-put behind it. That follows from the columns alone, so a copy and the stream, today's consumer and the next, agree. A
-table likewise has its OID behind its name; that is kept in ``_cdc.tables``, for it depends on which came first.
-Its type is that of the table of types, unless the settings choose another, or its values did not fit.
+put behind it. That follows from the columns alone, so a copy and the stream, today's consumer and the next, agree. Its
+type is that of the table of types, unless the settings choose another, or its values did not fit.
+
+A table likewise keeps its name, or has its OID behind it; that depends on which came first, and is kept in
+``_cdc.tables``.
 """
 
 from __future__ import annotations
@@ -43,32 +45,43 @@ class Holding:
     limit: int
 
     def columns(
-        self, table: Table, names: Sequence[str], columns: Sequence[StoredColumn], *, soft: bool
+        self,
+        table: Table,
+        names: Sequence[str],
+        columns: Sequence[StoredColumn],
+        key: Collection[int],
+        *,
+        soft: bool,
     ) -> tuple[StoredColumn, ...]:
         """Return `columns` as they are to be held.
 
         Args:
             names: by which the table is known, as ``schema.table``.
+            key: attnums of the columns that identify a row.
             soft: deleted rows stay, which takes a column of ours.
         """
-        ours = (*(META if self.logged else ()), *([DELETED_AT] if soft else ()))
-        renamed = aliases([(column.attnum, column.name) for column in columns], ours)
+        renamed = self.aliases(columns, soft=soft)
         return tuple(
             dataclasses.replace(
                 column,
                 alias=renamed.get(column.attnum, ""),
-                held_as=_other(column, self._basis(table, names, column)),
+                held_as=_other(column, self._basis(table, names, column, is_key=column.attnum in key)),
             )
             for column in columns
         )
 
-    def _basis(self, table: Table, names: Sequence[str], column: StoredColumn) -> Basis:
+    def aliases(self, columns: Sequence[StoredColumn], *, soft: bool) -> dict[int, str]:
+        """Return, by attnum, the names here of columns that cannot have their own."""
+        ours = (*(META if self.logged else ()), *([DELETED_AT] if soft else ()))
+        return aliases([(column.attnum, column.name) for column in columns], ours)
+
+    def _basis(self, table: Table, names: Sequence[str], column: StoredColumn, *, is_key: bool) -> Basis:
         if column.attnum in table.widened:
             return TEXT
         natural = basis(column.type_oid, column.typmod, self.declared)
         choices = (self.choices.get(f"{name}.{column.name}") for name in names)
         chosen = next((choice for choice in choices if choice is not None), natural)
-        return chosen if may_be(natural, chosen) else natural
+        return chosen if may_be(natural, chosen, is_key=is_key) else natural
 
 
 def _other(column: StoredColumn, held_as: Basis) -> Basis | None:
@@ -114,8 +127,12 @@ def table_alias(tables: Iterable[Table], oid: int, schema_name: str, name: str) 
     OID; the others get their OID behind theirs.
     """
     wanted = folded(schema_name, name)
-    others = [table for table in tables if table.oid != oid and table.state != "dropped"]
-    taken = {folded(*table.here) for table in others if table.copy_lsn is not None}
+    tables = [table for table in tables if table.state != "dropped"]
+    others = [table for table in tables if table.oid != oid]
+    taken = {folded(*names) for table in others for names in (table.here, (table.schema, table.name))}
+    own = next((table for table in tables if table.oid == oid), None)
+    if own is not None and own.copy_lsn is not None and folded(*own.here) == wanted:
+        return ""
     if not any(
         folded(other.schema, other.name) == wanted
         and (other.schema, other.name) != (schema_name, name)  # that one has another name by now, and will tell

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from cdc.errors import TableError, Widen
 from cdc.pgoutput.changes import TableChanges, Unfit
-from cdc.pgoutput.types import TEXT, ColumnType, column_type
+from cdc.pgoutput.types import ColumnType
 from cdc.sink.checkpoint import StoredColumn, Table
 from cdc.sink.rows import DELETE, Sources
 from cdc.sink.warehouse import Warehouse, quote
@@ -27,9 +27,11 @@ __all__ = [
     "check_copy",
     "forget_columns",
     "forget_copy",
+    "forget_masked",
     "forget_table",
     "inherit",
     "keep",
+    "keep_query",
     "key_sql",
     "key_texts",
     "record",
@@ -39,7 +41,7 @@ __all__ = [
 ]
 
 _KINDS = (pa.string(), pa.string(), pa.string(), pa.uint64(), pa.int64(), pa.bool_())
-_HERE = "schema_name = ? AND table_name = ?"
+_OF_TABLE = "oid = ?"
 _N = "_cdc_n".ljust(70, "_")  # longer than any name in Postgres
 
 
@@ -86,9 +88,9 @@ def record(warehouse: Warehouse, table: Table, changes: TableChanges, limit: int
     if has_current and keys is not None:
         with warehouse.view("_touched", pa.table({"key": pa.array(sorted(set(keys)))})):
             warehouse.execute(
-                f"UPDATE _cdc.quarantine SET current = false WHERE {_HERE} AND current "
+                f"UPDATE _cdc.quarantine SET current = false WHERE {_OF_TABLE} AND current "
                 "AND key IN (SELECT key FROM _touched)",
-                [table.schema, table.name],
+                [table.oid],
             )
     newest = {text: row for row, text in enumerate(keys)} if keys is not None else {}
     for unfit in changes.unfit:
@@ -107,7 +109,7 @@ def record(warehouse: Warehouse, table: Table, changes: TableChanges, limit: int
 
 
 def _key_misfit(table: Table, column: StoredColumn) -> TableError:
-    if column.basis != TEXT:
+    if column.kind.duckdb != "VARCHAR":
         return _widen(table, column, "it identifies rows, and has a value")
     return TableError(
         f"key column {column.here} of {table} holds bytes that are no text: a row would have no key",
@@ -117,10 +119,10 @@ def _key_misfit(table: Table, column: StoredColumn) -> TableError:
 
 
 def _check_limit(warehouse: Warehouse, table: Table, column: StoredColumn, limit: int, which: str) -> None:
-    if column.basis == TEXT:
+    if column.kind.duckdb == "VARCHAR":
         return  # no UTF-8: as text it does not fit any better
-    sql = f"SELECT count(*) FROM _cdc.quarantine WHERE {_HERE} AND column_name = ? AND {which}"
-    ((count,),) = warehouse.execute(sql, [table.schema, table.name, column.here])
+    sql = f"SELECT count(*) FROM _cdc.quarantine WHERE {_OF_TABLE} AND column_name = ? AND {which}"
+    ((count,),) = warehouse.execute(sql, [table.oid, column.here])
     if count > limit:
         raise _widen(table, column, f"it has more than {limit} values")
 
@@ -159,86 +161,114 @@ def keep(warehouse: Warehouse, table: Table, entries: Sequence[tuple[str, str | 
     arrays = [pa.array(values, kind) for values, kind in zip(zip(*entries, strict=True), _KINDS, strict=True)]
     with warehouse.view("_entries", pa.table(arrays, names=["name", "key", "value", "lsn", "seq", "current"])):
         warehouse.execute(
-            "INSERT INTO _cdc.quarantine SELECT ?, ?, name, key, value, lsn, seq, current FROM _entries",
-            [table.schema, table.name],
+            "INSERT INTO _cdc.quarantine (schema_name, table_name, oid, column_name, key, value, lsn, seq, current) "
+            "SELECT ?, ?, ?, name, key, value, lsn, seq, current FROM _entries",
+            [table.schema, table.name, table.oid],
         )
+
+
+def keep_query(warehouse: Warehouse, table: Table, name: str, query: str, moment: tuple[int, int]) -> None:
+    """Write what `query` finds of column `name`: key and value of each row that holds it; `moment`: LSN and seq."""
+    warehouse.execute(
+        "INSERT INTO _cdc.quarantine (schema_name, table_name, oid, column_name, key, value, lsn, seq, current) "
+        f"SELECT ?, ?, ?, ?, found.key, found.value, ?, ?, true FROM ({query}) AS found (key, value)",
+        [table.schema, table.name, table.oid, name, *moment],
+    )
 
 
 def forget_columns(warehouse: Warehouse, table: Table, names: list[str]) -> None:
     """The columns `names` are dropped: no row holds a value in them any more."""
     for name in names:
         warehouse.execute(
-            f"UPDATE _cdc.quarantine SET current = false WHERE {_HERE} AND column_name = ?",
-            [table.schema, table.name, name],
+            f"UPDATE _cdc.quarantine SET current = false WHERE {_OF_TABLE} AND column_name = ?",
+            [table.oid, name],
         )
 
 
 def forget_copy(warehouse: Warehouse, table: Table) -> None:
     """Delete what an unfinished copy has brought: what has LSN 0."""
-    warehouse.execute(f"DELETE FROM _cdc.quarantine WHERE {_HERE} AND lsn = 0", [table.schema, table.name])
+    warehouse.execute(f"DELETE FROM _cdc.quarantine WHERE {_OF_TABLE} AND lsn = 0", [table.oid])
 
 
 def take_copy(warehouse: Warehouse, table: Table, lsn: int) -> None:
     """A copy at `lsn` takes the place of the table: what it has brought is current, and nothing else."""
-    here = [table.schema, table.name]
+    here = [table.oid]
     # What was applied since then comes again, from the buffer.
-    warehouse.execute(f"DELETE FROM _cdc.quarantine WHERE {_HERE} AND lsn >= ?", [*here, lsn])
-    warehouse.execute(f"UPDATE _cdc.quarantine SET current = false WHERE {_HERE} AND lsn > 0", here)
-    warehouse.execute(f"UPDATE _cdc.quarantine SET current = true, lsn = ? WHERE {_HERE} AND lsn = 0", [lsn, *here])
+    warehouse.execute(f"DELETE FROM _cdc.quarantine WHERE {_OF_TABLE} AND lsn >= ?", [*here, lsn])
+    warehouse.execute(f"UPDATE _cdc.quarantine SET current = false WHERE {_OF_TABLE} AND lsn > 0", here)
+    warehouse.execute(f"UPDATE _cdc.quarantine SET current = true, lsn = ? WHERE {_OF_TABLE} AND lsn = 0", [lsn, *here])
+
+
+def forget_masked(warehouse: Warehouse, table: Table, names: Iterable[str]) -> None:
+    """The columns `names` are masked: what was kept of them before goes."""
+    for name in names:
+        warehouse.execute(f"DELETE FROM _cdc.quarantine WHERE {_OF_TABLE} AND column_name = ?", [table.oid, name])
 
 
 def rename_columns(warehouse: Warehouse, table: Table, names: Mapping[str, str]) -> None:
     """Columns have other names now (by the old ones), those of the key in the rows' keys, too."""
-    if not names or not warehouse.execute(f"SELECT 1 FROM _cdc.quarantine WHERE {_HERE}", [table.schema, table.name]):
+    if not names:
         return
-    here = [table.schema, table.name]
-    found = warehouse.execute(f"SELECT DISTINCT column_name, key FROM _cdc.quarantine WHERE {_HERE}", here)
-    renamed = []
-    for name, key in found:
-        label = None if key is None else json.dumps({names.get(k, k): v for k, v in json.loads(key).items()})
-        renamed.append((name, key, names.get(name, name), label))
+    sql = f"SELECT DISTINCT column_name, key FROM _cdc.quarantine WHERE {_OF_TABLE}"
+    found = warehouse.execute(sql, [table.oid])
+    if not found:
+        return
+    renamed = [(name, key, names.get(name, name), key and _relabelled(key, names)) for name, key in found]
     columns = [pa.array(values, pa.string()) for values in zip(*renamed, strict=True)]
     with warehouse.view("_renamed", pa.table(columns, names=["name", "key", "new_name", "new_key"])):
         warehouse.execute(
             "UPDATE _cdc.quarantine AS q SET column_name = r.new_name, key = r.new_key FROM _renamed AS r "
-            f"WHERE {_HERE} AND q.column_name = r.name AND q.key IS NOT DISTINCT FROM r.key",
-            here,
+            f"WHERE {_OF_TABLE} AND q.column_name = r.name AND q.key IS NOT DISTINCT FROM r.key",
+            [table.oid],
         )
+
+
+def _relabelled(key: str, names: Mapping[str, str]) -> str:
+    """Return `key` with other names; the values stay as they are written, for that is how they are found."""
+    read = json.JSONDecoder().raw_decode
+    parts, at = [], len("{")
+    while at < len(key) - 1:
+        name, at = read(key, at)
+        at += len(": ")
+        _, end = read(key, at)
+        parts.append(f"{json.dumps(names.get(name, name))}: {key[at:end]}")
+        at = end + len(", ")
+    return "{" + ", ".join(parts) + "}"
 
 
 def forget_table(warehouse: Warehouse, table: Table) -> None:
     """A table is gone: no row holds anything any more."""
-    warehouse.execute(f"UPDATE _cdc.quarantine SET current = false WHERE {_HERE}", [table.schema, table.name])
+    warehouse.execute(f"UPDATE _cdc.quarantine SET current = false WHERE {_OF_TABLE}", [table.oid])
 
 
 def rename_table(warehouse: Warehouse, table: Table, names: tuple[str, str]) -> None:
     """A table has another schema and name now."""
     warehouse.execute(
-        f"UPDATE _cdc.quarantine SET schema_name = ?, table_name = ? WHERE {_HERE}",
-        [*names, table.schema, table.name],
+        f"UPDATE _cdc.quarantine SET schema_name = ?, table_name = ? WHERE {_OF_TABLE}",
+        [*names, table.oid],
     )
 
 
 def _has_current(warehouse: Warehouse, table: Table) -> bool:
-    sql = f"SELECT 1 FROM _cdc.quarantine WHERE {_HERE} AND current LIMIT 1"
-    return bool(warehouse.execute(sql, [table.schema, table.name]))
+    sql = f"SELECT 1 FROM _cdc.quarantine WHERE {_OF_TABLE} AND current LIMIT 1"
+    return bool(warehouse.execute(sql, [table.oid]))
 
 
 def _current(warehouse: Warehouse, table: Table, name: str, keys: set[str]) -> dict[str, str]:
     """Return, by key, the texts that the rows with these keys hold in column `name`."""
     with warehouse.view("_asked", pa.table({"key": pa.array(sorted(keys), pa.string())})):
         found = warehouse.execute(
-            f"SELECT key, value FROM _cdc.quarantine WHERE {_HERE} AND column_name = ? AND current "
+            f"SELECT key, value FROM _cdc.quarantine WHERE {_OF_TABLE} AND column_name = ? AND current "
             "AND key IN (SELECT key FROM _asked)",
-            [table.schema, table.name, name],
+            [table.oid, name],
         )
     return dict(found)
 
 
 def _take(warehouse: Warehouse, table: Table, name: str, text: str, count: int) -> None:
     """Of the equal values of rows without a key, `count` are no longer held; which ones makes no difference."""
-    where = f"{_HERE} AND column_name = ? AND value = ? AND current"
-    which = [table.schema, table.name, name, text]
+    where = f"{_OF_TABLE} AND column_name = ? AND value = ? AND current"
+    which = [table.oid, name, text]
     warehouse.execute(
         f"UPDATE _cdc.quarantine SET current = false WHERE {where} AND (lsn, seq) IN "
         f"(SELECT (lsn, seq) FROM _cdc.quarantine WHERE {where} ORDER BY lsn, seq LIMIT {count})",
@@ -256,7 +286,7 @@ def _key_texts(warehouse: Warehouse, changes: TableChanges) -> list[str]:
     """Return each row's key as a JSON object of texts; '' for a TRUNCATE."""
     key = [changes.relation.columns[i] for i in changes.relation.key]
     rows = pa.table([changes.columns[i] for i in changes.relation.key], names=[column.name for column in key])
-    return key_texts(warehouse, rows, {column.name: column_type(column.type_oid, column.typmod) for column in key})
+    return key_texts(warehouse, rows, {column.name: column.kind for column in key})
 
 
 def key_texts(warehouse: Warehouse, keys: pa.Table, kinds: Mapping[str, ColumnType]) -> list[str]:

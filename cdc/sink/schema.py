@@ -226,7 +226,8 @@ def plan(  # noqa: PLR0911 -- each is one reason for a new copy
         for n, c in zip(attnums, relation.columns, strict=True)
     ]
     names = (str(table), str(relation))
-    stored = holding.columns(table, names, described, soft=table.deletes == "soft")
+    key = {attnums[index] for index in relation.key}
+    stored = holding.columns(table, names, described, key, soft=table.deletes == "soft")
     after = {column.attnum: column for column in stored}
     dropped, added = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
     if not before.keys() & after.keys() or any(n <= table.natts for n in added):
@@ -339,7 +340,7 @@ class _Steps:
     def retype(self, old: StoredColumn, new: StoredColumn, *, rewritten: bool) -> bool:
         """Change a column's type, if every value stays what it was; return whether it does."""
         if (old.type_oid, old.typmod) == (new.type_oid, new.typmod):
-            return old.basis == new.basis
+            return old.kind.duckdb == new.kind.duckdb
         before, after = old.kind.duckdb, new.kind.duckdb
         widened = (old.type_oid, new.type_oid) in _WIDENED
         same_text = before != "VARCHAR" or old.type_oid == new.type_oid or {old.type_oid, new.type_oid} <= _TEXTS

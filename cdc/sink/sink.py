@@ -72,8 +72,7 @@ class Sink:
         self._waiting = waiting
         self._give_up = give_up
         self._view = view
-        self._masks = holding.masks
-        self._limit = holding.limit
+        self._holding = holding
         self._last_change: dict[int, int] = {}
         self._evolution = Evolution(warehouse, self.ledger, history, live, holding, view)
         self._staging = Staging(
@@ -204,6 +203,16 @@ class Sink:
             self.write_tables([dataclasses.replace(table, state=state, reason=str(error), widened=widened)])
         return self.ledger.tables.get(error.oid)
 
+    def misnamed(self) -> list[Table]:
+        """Return the tables with columns that cannot have their names any more, to be copied anew: settings changed."""
+        return [
+            dataclasses.replace(table, state="resyncing", reason="columns of it have names that are ours by now")
+            for table in self.ledger.tables.values()
+            if table.state == "streaming"
+            and self._holding.aliases(table.columns, soft=table.deletes == "soft")
+            != {column.attnum: column.alias for column in table.columns if column.alias}
+        ]
+
     def write_tables(self, tables: Iterable[Table], *, requested: bool = False) -> None:
         """Write rows of ``_cdc.tables`` in a transaction of their own; `requested`: that is what `cdc resync` asked."""
 
@@ -244,7 +253,7 @@ class Sink:
         relation = rows.relation
         columns = [column.name for column in relation.columns]
         names = (str(table), str(relation))
-        return mask_rows(rows, schema.masks_of(self._masks, table.oid, names, columns, relation.key))
+        return mask_rows(rows, schema.masks_of(self._holding.masks, table.oid, names, columns, relation.key))
 
     def _change(self, table: Table, target: str, rows: RelationRows, logged: bool) -> None:
         def log(changes: pa.Table) -> None:
@@ -252,7 +261,7 @@ class Sink:
 
         changes = decode_rows(dataclasses.replace(rows, relation=held(table, rows.relation)))
         logged = logged and self.history.root is not None
-        apply(self.warehouse, table, target, changes, log if logged else None, limit=self._limit)
+        apply(self.warehouse, table, target, changes, log if logged else None, limit=self._holding.limit)
         if logged:
             self._evolution.logged(table, int(rows.lsn[-1]))
         truncates = changes.xid[changes.op == ord("T")]

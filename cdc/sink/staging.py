@@ -11,15 +11,15 @@ from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 
-from cdc.errors import Resync, SinkError, TableError
+from cdc.errors import Resync, SinkError
 from cdc.pgoutput.changes import Unfit
 from cdc.pgoutput.rows import RelationRows
-from cdc.sink import quarantine, schema
+from cdc.sink import quarantine, schema, tombstones
 from cdc.sink.apply import insert, of_table
 from cdc.sink.checkpoint import Ledger, StoredColumn, Table
 from cdc.sink.evolve import COPY_SEQ, Evolution, Moment, truncation
 from cdc.sink.history import History, HistoryFile
-from cdc.sink.holding import DELETED_AT, Holding, table_alias
+from cdc.sink.holding import Holding, table_alias
 from cdc.sink.warehouse import Warehouse, quote
 
 __all__ = ["CopiedChunk", "CopiedTable", "Staging"]
@@ -65,6 +65,11 @@ class CopiedTable:
     columns: tuple[StoredColumn, ...]
     key: tuple[str, ...]
     alias: str = ""
+
+    @property
+    def here(self) -> tuple[str, str]:
+        """Its schema and name in DuckDB and in the change log."""
+        return self.schema, self.alias or self.name
 
     def __str__(self) -> str:
         return f"{self.schema}.{self.name}"
@@ -116,7 +121,9 @@ class Staging:
         """
         known = self._ledger.tables[copied.oid]
         table = dataclasses.replace(known, schema=copied.schema, name=copied.name, alias=copied.alias)
-        self._refuse_taken(table)
+        if table_alias(self._ledger.tables.values(), table.oid, table.schema, table.name) != table.alias:
+            raise Resync(f"{table} cannot have the name {'.'.join(table.here)} any more", table.oid)
+        self._evolution.refuse_stranger(table)
         soft = self._deletes == "soft"
         schema.refuse(table, copied.columns)
         self._drop(copied.oid)
@@ -170,9 +177,10 @@ class Staging:
         )
         staging = self._table(copied.oid)
         quarantine.take_copy(self._warehouse, old, copied.lsn)
+        quarantine.forget_masked(self._warehouse, old, [column.here for column in copied.columns if column.mask])
         if self._deletes == "soft":
             with of_table(old):
-                self._carry_tombstones(old, staging, copied.lsn, copied.key)
+                tombstones.carry(self._warehouse, old, copied.columns, copied.key, staging, (copied.lsn, COPY_SEQ))
         if (old.schema, old.name) != (new.schema, new.name):
             quarantine.rename_table(self._warehouse, old, (new.schema, new.name))
         if self._history.root:
@@ -209,59 +217,3 @@ class Staging:
     def _drop(self, oid: int) -> None:
         if oid in self._copied:
             self._warehouse.execute(f"DROP TABLE IF EXISTS {self._table(oid)}")
-
-    def _refuse_taken(self, table: Table) -> None:
-        if table_alias(self._ledger.tables.values(), table.oid, table.schema, table.name) != table.alias:
-            raise Resync(f"{table} cannot have the name {'.'.join(table.here)} any more", table.oid)
-        if schema.strangers(self._warehouse, self._ledger.tables.values(), [table.here]):
-            raise TableError(
-                f"DuckDB has a {'.'.join(table.here)} that cdc did not make and would have to replace",
-                table.oid,
-                "rename it, or leave the table out with CDC_TABLES; then `cdc resync` the table",
-            )
-
-    def _carry_tombstones(self, table: Table, staging: str, lsn: int, key: Sequence[str]) -> None:
-        """Copy soft-deleted rows into the staged copy, as far as their columns are still there.
-
-        What the old content has alive and the copy has not was deleted while nobody followed the table. A value that
-        its column's new type cannot hold goes into quarantine.
-        """
-        target = self._warehouse.name(*table.here)
-        old = self._kinds(*table.here)
-        new = self._kinds(self._copied[table.oid].schema, f"{_PREFIX}{table.oid}")
-        if DELETED_AT not in old or not old.keys() >= set(key):
-            return
-        shared = {name: kind for name, kind in new.items() if name in old and name != DELETED_AT}
-        values = {
-            name: f"t.{quote(name)}" if old[name] == kind else f"TRY_CAST(t.{quote(name)} AS {kind})"
-            for name, kind in shared.items()
-        }
-        matched = " AND ".join(f"s.{quote(name)} = {values[name]}" for name in key)
-        where = (
-            f"NOT EXISTS (SELECT 1 FROM {staging} s WHERE {matched})" if key else f"t.{quote(DELETED_AT)} IS NOT NULL"
-        )
-        at = f"coalesce(t.{quote(DELETED_AT)}, now())" if key else f"t.{quote(DELETED_AT)}"
-        names = ", ".join(map(quote, shared))
-        label = quarantine.key_sql([(name, values[name]) for name in key])
-        misfits = f"FROM {target} t WHERE {where}"
-        for name in shared:
-            if old[name] != new[name]:
-                self._warehouse.execute(
-                    "INSERT INTO _cdc.quarantine "
-                    f"SELECT ?, ?, ?, {label}, CAST(t.{quote(name)} AS VARCHAR), ?, ?, true {misfits} "
-                    f"AND t.{quote(name)} IS NOT NULL AND {values[name]} IS NULL",
-                    [table.schema, table.name, name, lsn, COPY_SEQ],
-                )
-        self._warehouse.execute(
-            f"INSERT INTO {staging} ({names}, {quote(DELETED_AT)}) "
-            f"SELECT {', '.join(values.values())}, {at} FROM {target} t WHERE {where}"
-        )
-
-    def _kinds(self, schema_name: str, table_name: str) -> dict[str, str]:
-        """Return the columns of a table of the warehouse, in order, and their types."""
-        rows = self._warehouse.execute(
-            "SELECT column_name, data_type FROM duckdb_columns() WHERE database_name = current_database() "
-            "AND lower(schema_name) = lower(?) AND table_name = ? ORDER BY column_index",
-            [schema_name, table_name],
-        )
-        return dict(rows)

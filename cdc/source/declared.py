@@ -7,16 +7,18 @@ Source: PostgreSQL manual, "pg_type".
 
 from __future__ import annotations
 
-from cdc.pgoutput.types import Basis, Declared
-from cdc.source.connection import connect, translated
+from collections.abc import Iterable
+
+from cdc.pgoutput.types import Basis, Declared, is_built_in
+from cdc.source.connection import Connection, connect, translated
 
 __all__ = ["DeclaredTypes"]
 
-# The type, what it is a domain over, or an array of, and so on. Types with subscripts of their own (point, jsonb)
+# The types, what they are domains over, or arrays of, and so on. Types with subscripts of their own (point, jsonb)
 # have a typelem, too, and are no arrays.
 _READ = """
     WITH RECURSIVE part AS (
-        SELECT t.* FROM pg_catalog.pg_type AS t WHERE t.oid = %s::text::oid
+        SELECT t.* FROM pg_catalog.pg_type AS t WHERE t.oid = ANY (%s::text[]::oid[])
         UNION ALL
         SELECT t.* FROM part JOIN pg_catalog.pg_type AS t ON t.oid IN (part.typbasetype, part.typelem)
     )
@@ -28,7 +30,7 @@ _READ = """
 
 
 class DeclaredTypes:
-    """Looks types up by OID; None: there is none. State: those that were looked up."""
+    """Looks types up by OID; None: there is none. State: those that were looked up. Threads may share it."""
 
     def __init__(self, dsn: str) -> None:
         self._dsn = dsn
@@ -41,9 +43,23 @@ class DeclaredTypes:
             ConnectionLost, SourceError: it cannot be asked.
         """
         if type_oid not in self._known:
-            with connect(self._dsn) as connection, translated("read the types of columns"):
-                found = connection.execute(_READ, [str(type_oid)]).fetchall()
-            self._known[type_oid] = None
-            for oid, is_domain, base, typmod, element, delimiter in found:
-                self._known[oid] = Declared(Basis(base, typmod) if is_domain else None, element, delimiter)
+            with connect(self._dsn) as connection:
+                self.learn(connection, [type_oid])
         return self._known[type_oid]
+
+    def learn(self, connection: Connection, type_oids: Iterable[int]) -> None:
+        """Read the types that are not known yet, at once.
+
+        Raises:
+            ConnectionLost, SourceError: they cannot be asked for.
+        """
+        asked = [oid for oid in type_oids if oid not in self._known and not is_built_in(oid)]
+        if not asked:
+            return
+        with translated("read the types of columns"):
+            found = connection.execute(_READ, [[str(oid) for oid in asked]]).fetchall()
+        types = {
+            oid: Declared(Basis(base, typmod) if is_domain else None, element, delimiter)
+            for oid, is_domain, base, typmod, element, delimiter in found
+        }
+        self._known.update(dict.fromkeys(asked) | types)

@@ -11,6 +11,7 @@ from cdc.errors import SourceError
 from cdc.source import catalog
 from cdc.source.catalog import PublishedTable, TableDefinition
 from cdc.source.connection import Connection, translated
+from cdc.source.declared import DeclaredTypes
 
 __all__ = ["Look", "look"]
 
@@ -47,10 +48,16 @@ class Look:
         return dataclasses.replace(self, definitions=same, unsettled=unsettled)
 
 
-def look(connection: Connection, publications: Sequence[str], known: Collection[int] | None = None) -> Look:
+def look(
+    connection: Connection,
+    publications: Sequence[str],
+    declared: DeclaredTypes,
+    known: Collection[int] | None = None,
+) -> Look:
     """Return what the publications publish.
 
     Args:
+        declared: learns the types of columns.
         known: leaves of which it makes no difference whether they have rows; None: of none it does.
 
     Raises:
@@ -60,6 +67,7 @@ def look(connection: Connection, publications: Sequence[str], known: Collection[
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         published = catalog.published(connection, publications)
         definitions = catalog.definitions(connection, sorted({table.oid for table in published}))
+        declared.learn(connection, {a.type_oid for table in definitions.values() for a in table.attributes})
     new = [] if known is None else [oid for oid in _attached(definitions.values()) if oid not in known]
     return Look(published, definitions, frozenset(oid for oid in new if _is_empty(connection, oid)))
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from cdc.errors import CdcError, SourceError, StateError
 from cdc.source import publication, upkeep
 from cdc.source.connection import connect
+from cdc.source.declared import DeclaredTypes
 from cdc.source.look import Look, look
 
 __all__ = ["Watcher"]
@@ -25,7 +26,13 @@ class Watcher:
     """Polls from `start` to `stop`."""
 
     def __init__(
-        self, dsn: str, publications: Sequence[str], patterns: Sequence[str], exclude: Sequence[str], interval_s: float
+        self,
+        dsn: str,
+        publications: Sequence[str],
+        patterns: Sequence[str],
+        exclude: Sequence[str],
+        interval_s: float,
+        declared: DeclaredTypes,
     ) -> None:
         """Create one that does not poll yet.
 
@@ -34,12 +41,14 @@ class Watcher:
             patterns: CDC_TABLES.
             exclude: CDC_EXCLUDE.
             interval_s: CDC_POLL_INTERVAL.
+            declared: learns the types of columns.
         """
         self._dsn = dsn
         self._publications = tuple(publications)
         self._patterns = tuple(patterns)
         self._exclude = tuple(exclude)
         self._interval_s = interval_s
+        self._declared = declared
         self._stopping = threading.Event()
         self._latest: Look | StateError | None = None
         self._lock = threading.Lock()
@@ -89,4 +98,4 @@ class Watcher:
                 if publication.is_ours(connection, name) is None:
                     raise publication.dropped(name)
             publication.refuse_astray(connection, self._publications[0])
-            return look(connection, self._publications)
+            return look(connection, self._publications, self._declared)

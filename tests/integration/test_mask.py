@@ -139,6 +139,23 @@ def test_another_mind(database: Database, lake: Lake) -> None:
     people(database, lake, "another")
 
 
+def test_what_was_there_before_the_mask(database: Database, lake: Lake) -> None:
+    """L1: deleted rows are not carried in the clear into the copy, nor does the quarantine keep what did not fit."""
+    database.execute(
+        "CREATE TABLE t (id int PRIMARY KEY, v text, l text[]);"
+        "INSERT INTO t VALUES (1, 'clear-1', '{{clear-2}}'), (2, 'clear-3', '{clear-4}')"
+    )
+    mirror_once(lake, database.dsn, deletes="soft", history="")
+    database.execute("DELETE FROM t WHERE id = 2")
+    mirror_once(lake, database.dsn, deletes="soft", history="")
+    mask = "public.t.v:hash,public.t.l:null"
+    assert run_cdc(lake, database.dsn, "resync", "--all", deletes="soft", mask=mask).returncode == 0
+    mirror_once(lake, database.dsn, deletes="soft", mask=mask, history="")
+    rows = warehouse_rows(lake, "SELECT id, v, l, _deleted_at IS NULL FROM public.t ORDER BY id")
+    assert rows == [(1, hashlib.sha256(b"clear-1").hexdigest(), None, True), (2, None, None, False)]
+    assert warehouse_rows(lake, "SELECT * FROM _cdc.quarantine") == []
+
+
 def test_what_cannot_be_masked(database: Database, lake: Lake) -> None:
     """Exit status 2, one line, one hint, and nothing is made; `check` tells it too."""
     database.execute(TABLES)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 from typing import Any
 
 from tests.conftest import Database, Lake
-from tests.integration.steps import copies, log, sync, table_state, transactions
+from tests.integration.steps import copies, log, quarantine, sync, table_state, transactions
 from tests.mirror import differences, mirrored_rows, replayed, run_cdc, source_rows, warehouse_rows
 
 
@@ -273,3 +275,79 @@ def test_a_column_of_that_name(database: Database, lake: Lake) -> None:
     transactions(database, "UPDATE t SET _deleted_at = 'y'")
     sync(database, hard, slot="hard")
     assert differences(database, hard, "public.t", ["id"]) == ""
+
+
+def test_tombstones_of_columns_that_are_held_otherwise(database: Database, lake: Lake) -> None:
+    """L1: of a row that is deleted each value is carried as its column's new type has it, or goes into quarantine."""
+    database.execute(
+        "CREATE TABLE t (id int PRIMARY KEY, n numeric, u uuid, l text, i int);"
+        "INSERT INTO t VALUES (1, 1.50, NULL, '{1,2}', 7), (2, 'NaN', gen_random_uuid(), 'x', 8), (3, 3.00, NULL, NULL, 9)"
+    )
+    sync(database, lake, deletes="soft")
+    transactions(database, "DELETE FROM t WHERE id < 3")
+    sync(database, lake, deletes="soft")
+    transactions(
+        database,
+        "ALTER TABLE t ALTER l TYPE int[] USING NULL, ALTER i TYPE bigint",
+        "ALTER TABLE t RENAME i TO j; ALTER TABLE t RENAME n TO i; INSERT INTO t VALUES (4, 4.00, NULL, '{4}', 4)",
+    )
+    sync(database, lake, deletes="soft", types="public.t.i:DECIMAL(10,2),public.t.u:VARCHAR")
+    living(database, lake, "public.t")
+    found = warehouse_rows(
+        lake, "SELECT id, i, u IS NULL, l, j FROM public.t WHERE _deleted_at IS NOT NULL ORDER BY id"
+    )
+    assert found == [(1, Decimal("1.50"), True, [1, 2], 7), (2, None, False, None, 8)]
+    kept = {entry[:3] for entry in quarantine(lake, "public.t") if entry[3]}
+    assert kept == {("i", '{"id": "2"}', "NaN"), ("l", '{"id": "2"}', "x")}
+
+
+def test_tombstones_of_a_key_that_becomes_text(database: Database, lake: Lake) -> None:
+    """L1, C7: who is alive is not doubled, and who was deleted stays so."""
+    database.execute(
+        "CREATE TABLE t (k int[], n numeric(5,0), v text, PRIMARY KEY (k, n));"
+        "INSERT INTO t VALUES ('{1}', 1, 'a'), ('{1,2}', 2, 'b'), ('{}', 3, 'c')"
+    )
+    sync(database, lake, deletes="soft")
+    transactions(database, "DELETE FROM t WHERE v = 'b'", "UPDATE t SET v = 'd' WHERE k = '{}'")
+    sync(database, lake, deletes="soft")
+    transactions(database, "INSERT INTO t VALUES ('{}', 'NaN', 'e')")
+    sync(database, lake, deletes="soft")
+    living(database, lake, "public.t")
+    found = warehouse_rows(lake, "SELECT k, n, v, _deleted_at IS NULL FROM public.t ORDER BY v")
+    assert found == [([1], "1", "a", True), ([1, 2], "2", "b", False), ([], "3", "d", True), ([], "NaN", "e", True)]
+
+
+def test_keys_that_are_equal_and_print_otherwise(database: Database, lake: Lake) -> None:
+    """C5, C7: 1 mon is 30 days to Postgres and DuckDB; the row that has the key now is alive."""
+    database.execute("CREATE TABLE t (k interval PRIMARY KEY, v int); INSERT INTO t VALUES ('1 mon', 1), ('1 day', 2)")
+    sync(database, lake, deletes="soft")
+    transactions(database, "UPDATE t SET k = '30 days' WHERE k = '1 mon'; DELETE FROM t WHERE k = '24:00'")
+    sync(database, lake, deletes="soft")
+    living(database, lake, "public.t")
+    rows = warehouse_rows(lake, "SELECT k::VARCHAR, v, _deleted_at IS NULL FROM public.t ORDER BY v")
+    assert rows == [("30 days", 1, True), ("1 day", 2, False)]
+
+
+def test_a_column_that_was_called_as_ours(database: Database, lake: Lake) -> None:
+    """B3: from hard to soft deletes it gets another name, and is not taken for the time of a deletion."""
+    database.execute(
+        "CREATE TABLE t (id int PRIMARY KEY, _deleted_at timestamptz);"
+        "INSERT INTO t VALUES (1, '2024-02-29 12:00+00'), (2, NULL)"
+    )
+    sync(database, lake)
+    assert run_cdc(lake, database.dsn, "resync", "--all", deletes="soft").returncode == 0
+    transactions(database, "DELETE FROM t WHERE id = 2")
+    sync(database, lake, deletes="soft")
+    living(database, lake, "public.t")
+    assert warehouse_rows(lake, "SELECT id, _deleted_at IS NULL FROM public.t") == [(1, True)]
+
+
+def test_a_change_log_that_comes_later(database: Database, lake: Lake) -> None:
+    """B3: a column called as one of the log's own gets another name before anything is written there."""
+    database.execute("CREATE TABLE t (id int PRIMARY KEY, _lsn int); INSERT INTO t VALUES (1, 1)")
+    sync(database, lake, history="")
+    assert warehouse_rows(lake, "SELECT _lsn FROM public.t") == [(1,)]
+    transactions(database, "UPDATE t SET _lsn = 2", "INSERT INTO t VALUES (2, 2)")
+    sync(database, lake)
+    assert differences(database, lake, "public.t", ["id"]) == ""
+    assert warehouse_rows(lake, "SELECT id, _lsn_2 FROM public.t ORDER BY id") == [(1, 2), (2, 2)]

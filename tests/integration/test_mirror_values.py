@@ -500,6 +500,32 @@ def test_a_dropped_column_holds_nothing(database: Database, lake: Lake) -> None:
     agree(database, lake, {"public.t": ["id"]})
 
 
+def test_the_quarantine_of_tables_that_swap_their_names(database: Database, lake: Lake) -> None:
+    """H8, B2: each table keeps what is its own, whatever it is called; so do rows whose key is not ASCII."""
+    database.execute(
+        """
+        CREATE TABLE t (id text PRIMARY KEY, n numeric(5,2));
+        CREATE TABLE "T" (id text PRIMARY KEY, d int4[]);
+        INSERT INTO t VALUES ('é"', 'NaN'), ('b', 1);
+        INSERT INTO "T" VALUES ('é"', '{{1}}'), ('b', '{{2}}')
+        """
+    )
+    sync(database, lake)
+    transactions(
+        database,
+        'ALTER TABLE t RENAME TO u; ALTER TABLE "T" RENAME TO t; ALTER TABLE u RENAME TO "T"',
+        "ALTER TABLE t RENAME id TO i; UPDATE t SET d = '{1}' WHERE i = 'b'",
+        "ALTER TABLE \"T\" RENAME n TO m; UPDATE \"T\" SET m = 'NaN' WHERE id = 'b'",
+    )
+    sync(database, lake)
+    assert current(lake) == Counter([("d", '{"i": "é\\""}', "{{1}}")])
+    assert current(lake, "public.T") == Counter([("m", f'{{"id": "{key}"}}', "NaN") for key in ('é\\"', "b")])
+    transactions(database, "UPDATE t SET d = '{1}'", 'UPDATE "T" SET m = 1')
+    sync(database, lake)
+    agree(database, lake, {"public.t": ["i"], "public.T": ["id"]})
+    assert current(lake) == current(lake, "public.T") == Counter()
+
+
 @only_18
 def test_many_values_that_do_not_fit(database: Database, lake: Lake) -> None:
     """Design: a column full of them, as `valid_to = '{{1}}'` is, costs no statement per value."""

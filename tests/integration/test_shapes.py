@@ -232,10 +232,11 @@ def kinds(lake: Lake) -> list[Any]:
 @only_18
 def test_choices_that_cannot_be(database: Database, lake: Lake) -> None:
     """CDC_TYPES: refused before anything is made, by `run` and `check` alike; exit status 2."""
-    database.execute("CREATE TABLE t (id int PRIMARY KEY, n numeric, v text)")
+    database.execute("CREATE TABLE t (id int PRIMARY KEY, n numeric, v text); CREATE TABLE k (n numeric PRIMARY KEY)")
     for types, words in (
         ("public.t.v:DOUBLE", "public.t.v cannot be held as DOUBLE"),
         ("public.t.id:DECIMAL(5,2)", "public.t.id cannot be held as DECIMAL(5,2)"),
+        ("public.k.n:DOUBLE", "public.k.n cannot be held as DOUBLE"),
         ("public.t.m:DOUBLE", "there is no column public.t.m"),
     ):
         done = run_cdc(lake, database.dsn, "run", "--once", types=types)

@@ -231,6 +231,8 @@ def test_an_older_format_is_upgraded(warehouse: Warehouse, ledger: Ledger) -> No
         "ALTER TABLE _cdc.tables DROP types",
         "ALTER TABLE _cdc.tables DROP alias",
         "ALTER TABLE _cdc.tables DROP widened",
+        "ALTER TABLE _cdc.quarantine DROP oid",
+        "INSERT INTO _cdc.quarantine VALUES ('public', 'o''rders', 'n', '{\"id\": \"1\"}', 'NaN', 1, 1, true)",
         *(
             f"ALTER TABLE _cdc.schema_changes DROP {name}"
             for name in ("oid", "seq", "old_name", "new_name", "default_value")
@@ -242,7 +244,18 @@ def test_an_older_format_is_upgraded(warehouse: Warehouse, ledger: Ledger) -> No
     again = reopened(warehouse)
     text = dataclasses.replace(plain.columns[2], held_as=Basis(25, -1))
     columns = (*plain.columns[:2], text)
-    assert again.tables == {TABLE.oid: dataclasses.replace(plain, storage="", natts=0, types="{}", columns=columns)}
+    assert again.tables == {
+        TABLE.oid: dataclasses.replace(
+            plain,
+            storage="",
+            natts=0,
+            types="{}",
+            columns=columns,
+            state="resyncing",
+            reason="an earlier version has written its quarantine",
+        )
+    }
+    assert warehouse.execute("SELECT oid, value FROM _cdc.quarantine") == [(TABLE.oid, "NaN")]
     assert warehouse.execute("SELECT format FROM _cdc.meta") == [(FORMAT,)]
     again.put(TABLE)
     again.record_change(TABLE, SchemaChange(7, 2, "column a renamed to b", "a", "b"))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from cdc.pgoutput.types.table import BY_ARRAY_OID, BY_OID
 
-__all__ = ["TEXT", "Basis", "Declarations", "Declared", "basis"]
+__all__ = ["TEXT", "Basis", "Declarations", "Declared", "basis", "is_built_in"]
 
 
 class Basis(NamedTuple):
@@ -45,13 +45,18 @@ TEXT = Basis(25, -1)
 """How all is held that has no type of its own here."""
 
 
+def is_built_in(type_oid: int) -> bool:
+    """Whether the table of types has the type, or an array of it."""
+    return type_oid in BY_OID or type_oid in BY_ARRAY_OID
+
+
 def basis(type_oid: int, typmod: int, declared: Declarations) -> Basis:
     """Return the built-in type as which a column of type `type_oid` with modifier `typmod` is held.
 
     Args:
         declared: what pg_type says.
     """
-    if type_oid in BY_OID or type_oid in BY_ARRAY_OID:
+    if is_built_in(type_oid):
         return Basis(type_oid, typmod)
     found = declared(type_oid)
     if found is None:

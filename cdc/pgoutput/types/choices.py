@@ -25,6 +25,12 @@ def read_choice(text: str) -> Basis | None:
     return Basis(NUMERIC, decimal_typmod(int(found[1]), int(found[2])))
 
 
-def may_be(natural: Basis, chosen: Basis) -> bool:
-    """Whether a column of type `natural` can be held as `chosen`: anything as text, numeric as a number too."""
-    return chosen in (natural, TEXT) or natural.type_oid == NUMERIC
+def may_be(natural: Basis, chosen: Basis, *, is_key: bool) -> bool:
+    """Whether a column of type `natural` can be held as `chosen`: anything as text, numeric as a number too.
+
+    Args:
+        is_key: it identifies rows, of which two could have the same double.
+    """
+    if natural.type_oid == NUMERIC:
+        return not (is_key and chosen == _DOUBLE)
+    return chosen in (natural, TEXT)
