@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from decimal import Decimal
-
 from typing import Any
 
 from tests.conftest import Database, Lake
@@ -281,7 +280,8 @@ def test_tombstones_of_columns_that_are_held_otherwise(database: Database, lake:
     """L1: of a row that is deleted each value is carried as its column's new type has it, or goes into quarantine."""
     database.execute(
         "CREATE TABLE t (id int PRIMARY KEY, n numeric, u uuid, l text, i int);"
-        "INSERT INTO t VALUES (1, 1.50, NULL, '{1,2}', 7), (2, 'NaN', gen_random_uuid(), 'x', 8), (3, 3.00, NULL, NULL, 9)"
+        "INSERT INTO t VALUES (1, 1.50, NULL, '{1,2}', 7), (2, 'NaN', gen_random_uuid(), 'x', 8);"
+        "INSERT INTO t VALUES (3, 3.00, NULL, NULL, 9)"
     )
     sync(database, lake, deletes="soft")
     transactions(database, "DELETE FROM t WHERE id < 3")
