@@ -23,6 +23,7 @@ DML = "tests/integration/test_mirror_dml.py"
 TOAST = "tests/integration/test_mirror_toast.py"
 DDL = "tests/integration/test_mirror_ddl.py"
 DRIFT = "tests/integration/test_drift.py"
+VALUES = "tests/integration/test_mirror_values.py"
 POSITIONS = "tests/crash/test_positions.py"
 POINTS = "tests/crash/test_points.py"
 
@@ -209,6 +210,48 @@ MUTATIONS = (
         "wanted = self.lsn >= np.uint64(lsn)",
         "wanted = self.lsn >= np.uint64(0)",
         ("tests/integration/test_copy.py", "tests/integration/test_copy_resync.py"),
+    ),
+    Mutation(
+        "takes the end of time for infinity",
+        "pgoutput/types/temporal.py",
+        "divmod(_INFINITE_MICROSECONDS - 1, _SECOND)",
+        "divmod(_INFINITE_MICROSECONDS, _SECOND)",
+        ("tests/unit/test_temporal.py",),
+    ),
+    Mutation(
+        "leaves the escapes in the elements of an array",
+        "pgoutput/types/arrays.py",
+        "at[quotes | escapes]",
+        "at[quotes]",
+        ("tests/unit/test_arrays.py",),
+    ),
+    Mutation(
+        "forgets the modifier of a domain",
+        "pgoutput/types/basis.py",
+        "return basis(*found.domain_of, declared)",
+        "return basis(found.domain_of.type_oid, -1, declared)",
+        (f"{VALUES}::test_values_by_every_path",),
+    ),
+    Mutation(
+        "leaves what is replaced in the quarantine as current",
+        "sink/quarantine.py",
+        "if has_current and keys is not None:",
+        "if has_current and keys is None:",
+        (f"{VALUES}::test_what_the_rows_still_hold",),
+    ),
+    Mutation(
+        "keeps a key column as it is, whatever it holds",
+        "sink/quarantine.py",
+        "        if unfit.column in changes.relation.key:\n",
+        "        if not changes.relation.key:\n",
+        (f"{VALUES}::test_keys_that_do_not_fit",),
+    ),
+    Mutation(
+        "carries the clear values of deleted rows past a new mask",
+        "sink/tombstones.py",
+        " and before[column.attnum].mask == column.mask",
+        "",
+        ("tests/integration/test_mask.py::test_what_was_there_before_the_mask",),
     ),
 )
 
