@@ -123,3 +123,76 @@ def test_package_is_missing(database: Database, lake: Lake, monkeypatch: pytest.
     assert "pgoutput-decoder" in error
     assert hint.startswith("pip install 'pg-duckdb-cdc[debezium]'")
     gone(database)
+
+
+# Type, value, and what pgoutput-decoder 0.1 is known to make of it, where that is not what Postgres has.
+_SAME = object()
+OPINIONS = [
+    ("bool", "true", 1),
+    ("int2", "'-32768'", _SAME),
+    ("int4", "7", _SAME),
+    ("int8", "9223372036854775807", _SAME),
+    ("float4", "1.1", 1.100000023841858),
+    ("float8", "1e-310", _SAME),
+    ("float8", "'NaN'", None),
+    ("numeric(10,2)", "1.50", 1.5),
+    ("numeric", "'NaN'", None),
+    ("numeric", "12345678901234567890.5", 1.2345678901234567e19),
+    ("text", "'é😀\"'", _SAME),
+    ("varchar(5)", "'a '", _SAME),
+    ("char(4)", "'a'", _SAME),
+    ("name", "'n'", _SAME),
+    ("bytea", r"'\x00ff'", None),
+    ("date", "'infinity'", _SAME),
+    ("date", "'0044-03-15 BC'", _SAME),
+    ("date", "'2024-02-29'", _SAME),
+    ("time", "'24:00'", _SAME),
+    ("timetz", "'12:00+02'", _SAME),
+    ("timestamp", "'infinity'", _SAME),
+    ("interval", "'1 mon 2 days'", _SAME),
+    ("uuid", "'00000000-0000-0000-0000-00000000000a'", _SAME),
+    ("json", "'{\"a\": 1}'", {"a": 1}),
+    ("jsonb", "'{\"b\": [1]}'", {"b": None}),
+    ("int[]", "'{1,NULL}'", None),
+    ("text[]", "'{a,\"b,c\"}'", None),
+    ("inet", "'10.0.0.1'", _SAME),
+    ("bit(3)", "B'101'", _SAME),
+    ("int4range", "'[1,5)'", _SAME),
+    ("point", "'(1,2)'", _SAME),
+    ("oid", "4294967295", _SAME),
+    ("money", "1.5", _SAME),
+    ("tsvector", "'a b'", _SAME),
+]
+
+
+@pg18
+@pytest.mark.skipif("real" not in PACKAGES, reason="pgoutput-decoder is not installed")
+def test_a_second_opinion(database: Database, lake: Lake) -> None:
+    """A1 to A20: another decoder reads the same from the same messages, but for the losses that are listed."""
+    columns = ", ".join(f"c{number} {kind}" for number, (kind, _, _) in enumerate(OPINIONS))
+    database.execute(f"CREATE TABLE t (id int PRIMARY KEY, {columns})")
+    published(database)
+    with (
+        Tail(lake, database.dsn, "--format", "debezium") as theirs,
+        Tail(lake, database.dsn, "--format", "json") as ours,
+    ):
+        database.execute(f"INSERT INTO t VALUES (1, {', '.join(value for _, value, _ in OPINIONS)})")
+        database.execute("INSERT INTO t (id) VALUES (2)")
+        theirs.until(2)
+        ours.until(2)
+        (first, nulls), (mine, my_nulls) = theirs.objects, ours.objects
+        found = {kind + value: first["after"][f"c{n}"] for n, (kind, value, _) in enumerate(OPINIONS)}
+        expected = {
+            kind + value: mine["new"][f"c{n}"] if opinion is _SAME else opinion
+            for n, (kind, value, opinion) in enumerate(OPINIONS)
+        }
+        assert found == expected
+        assert nulls["after"] == my_nulls["new"]
+        # What is listed as a loss is one.
+        assert all(
+            repr(opinion) != repr(mine["new"][f"c{n}"])
+            for n, (_, _, opinion) in enumerate(OPINIONS)
+            if opinion is not _SAME
+        )
+        theirs.stop()
+        ours.stop()
