@@ -9,6 +9,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from cdc.pgoutput.types.table import TYPES
 from tests.conftest import Database, Lake
 from tests.integration.steps import agree, copies, quarantine, sync, table_state, transactions
 from tests.integration.tailing import Tail
@@ -262,3 +263,32 @@ def test_values_that_are_read_along(database: Database, lake: Lake) -> None:
     assert second == {
         "id": 2, "d": "2024-02-29", "ts": "2024-02-29T12:00:00", "tm": "12:00:00", "i": None, "l": "{}"
     }  # fmt: skip
+
+
+def test_the_table_has_every_type(database: Database) -> None:
+    """A1 to A20: whatever type this server has of its own is in the table of types, with its array and delimiter."""
+    found = database.execute(
+        "SELECT t.oid::int8, t.typarray::int8, t.typdelim::text FROM pg_type t "
+        "JOIN pg_namespace n ON n.oid = t.typnamespace WHERE n.nspname = 'pg_catalog' AND t.typtype IN ('b', 'r', 'm') "
+        "AND NOT EXISTS (SELECT FROM pg_type e WHERE e.typarray = t.oid)"
+    )
+    known = {(row.oid, row.array_oid, row.delimiter) for row in TYPES}
+    assert set(found) - known == set()
+
+
+@only_18
+def test_generated_columns_that_are_published(database: Database, lake: Lake) -> None:
+    """B9: from PostgreSQL 18 on a publication may have stored ones; virtual ones are never sent."""
+    database.execute(
+        """
+        CREATE TABLE t (id int PRIMARY KEY, n int, double int GENERATED ALWAYS AS (n * 2) STORED,
+            triple int GENERATED ALWAYS AS (n * 3) VIRTUAL, v text);
+        INSERT INTO t (id, n) VALUES (1, 1);
+        CREATE PUBLICATION cdc FOR TABLE t WITH (publish_generated_columns = stored)
+        """
+    )
+    sync(database, lake)
+    transactions(database, "INSERT INTO t (id, n, v) VALUES (2, 2, 'a')", "UPDATE t SET n = 5 WHERE id = 1")
+    sync(database, lake)
+    found = warehouse_rows(lake, "SELECT * FROM public.t ORDER BY id")
+    assert found == [(1, 5, 10, None), (2, 2, 4, "a")]
