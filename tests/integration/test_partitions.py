@@ -378,7 +378,7 @@ def test_inheritance(database: Database, lake: Lake, publication: str, names: li
     assert states(lake) == {f"public.{name}": "streaming" for name in names}
     for name in names:
         # what Postgres shows of a parent includes its children
-        only = f"tableoid = '{name}'::regclass"
+        only = f"tableoid = 'public.{name}'::regclass"
         assert mirrored_rows(database, lake, f"public.{name}") == source_rows(database, lake, f"public.{name}", only)
         assert replayed(database, lake, f"public.{name}", ["id"]) == source_rows(database, lake, f"public.{name}", only)
     transactions(database, "TRUNCATE ONLY parent", "TRUNCATE child", "INSERT INTO grandchild VALUES (1, 'after', 2)")
