@@ -315,12 +315,12 @@ def test_the_stream_goes_before_queries(database: Database, lake: Lake, monkeypa
     lent: list[Any] = []
     with ExitStack() as stack:
 
-        def crowded(warehouse: Warehouse, *rest: Any) -> None:
+        def crowded(warehouse: Warehouse, *rest: Any, **named: Any) -> None:
             if not lent:
                 lent.append(stack.enter_context(warehouse.guest()))
-                real(warehouse, *rest)
+                real(warehouse, *rest, **named)
                 raise duckdb.OutOfMemoryException("failed to allocate data")
-            real(warehouse, *rest)
+            real(warehouse, *rest, **named)
 
         monkeypatch.setattr("cdc.sink.sink.apply", crowded)
         said = mirror_once(lake, database.dsn)
@@ -336,5 +336,5 @@ def test_the_stream_goes_before_queries(database: Database, lake: Lake, monkeypa
         mirror_once(lake, database.dsn)
 
 
-def _short_of_memory(*_: Any) -> None:
+def _short_of_memory(*_: Any, **__: Any) -> None:
     raise duckdb.OutOfMemoryException("failed to allocate data")
