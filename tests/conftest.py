@@ -209,7 +209,7 @@ def _drop_slots(connection: psycopg.Connection[Any], dbname: str) -> None:
 
 
 # Where the server's version matters: there the oldest is tested at every push, elsewhere with the slow tests.
-_BY_VERSION = ("test_source_", "test_mirror_dml", "test_mirror_values", "test_any_value", "test_embedded")
+_BY_VERSION = ("test_source_", "test_mirror_values", "test_any_value", "test_embedded")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

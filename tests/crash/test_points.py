@@ -22,6 +22,9 @@ from tests.mirror import Consumer, differences, run_cdc, until, warehouse_rows
 
 # The version cannot matter: the points are in the consumer, and what comes in is the same.
 ONLY_18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
+# Steps with another one right before or behind them.
+LEFT_TO_SOAK = ("after_recv", "before_duck_begin", "before_parquet_tmp", "before_rename", "after_ack")
+
 # Six consumers and more, each with a start of its own.
 pytestmark = pytest.mark.timeout(300)
 
@@ -111,7 +114,9 @@ def recover(database: Database, lake: Lake, keys: Mapping[str, Sequence[str] | N
 
 
 @pytest.mark.usefixtures("mirror")
-@pytest.mark.parametrize("point", IN_STREAM)
+@pytest.mark.parametrize(
+    "point", [pytest.param(point, marks=[pytest.mark.slow] * (point in LEFT_TO_SOAK)) for point in IN_STREAM]
+)
 @ONLY_18
 def test_in_the_stream(database: Database, lake: Lake, point: str) -> None:
     """J7, J4, L4, L6, C5, C10, D4, D7, E4: at each step of a batch; what was durable stays, the rest comes again."""
@@ -201,7 +206,9 @@ def test_in_a_copy(database: Database, lake: Lake, point: str, rounds: Sequence[
         recover(database, lake)
 
 
-@pytest.mark.parametrize("point", ONCE)
+@pytest.mark.parametrize(
+    "point", [pytest.param(point, marks=[pytest.mark.slow] * (point == "after_intent")) for point in ONCE]
+)
 @ONLY_18
 def test_before_the_first_checkpoint(database: Database, lake: Lake, point: str) -> None:
     """J7, J11, J12: a slot that is half made is made anew, at whichever step and however often that fails."""

@@ -31,7 +31,7 @@ from tests.mirror import exact_differences, history_files, one_look, states, war
 from tests.values import PINNED
 
 SOAK = bool(os.environ.get("SOAK"))
-EXAMPLES = int(os.environ.get("VALUES_EXAMPLES", "100" if SOAK else "8"))
+EXAMPLES = int(os.environ.get("VALUES_EXAMPLES", "100" if SOAK else "4"))
 
 _WRITING = PINNED.replace("search_path=", "search_path=public") + " -c standard_conforming_strings=on -c array_nulls=on"
 

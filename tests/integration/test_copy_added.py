@@ -142,6 +142,7 @@ def test_added_under_load(database: Database, lake: Lake, seed: int) -> None:
 
 
 @pg18
+@pytest.mark.slow
 def test_added_under_synchronous_replication(database: Database, lake: Lake, seed: int) -> None:
     """G5, K10: commits are in the stream before anybody can see them."""
     with late_standby(database, lake.root / "wal", seed) as standby:

@@ -196,7 +196,9 @@ def test_different_lists_in_two_publications(database: Database, lake: Lake) -> 
     assert "different columns" in error
 
 
-@pytest.mark.parametrize("everything", ["FOR ALL TABLES", 'FOR TABLES IN SCHEMA public, "S x"'])
+@pytest.mark.parametrize(
+    "everything", ["FOR ALL TABLES", pytest.param('FOR TABLES IN SCHEMA public, "S x"', marks=pytest.mark.slow)]
+)
 def test_tables_that_come_later(database: Database, lake: Lake, everything: str) -> None:
     """G4: a table that is created later appears with the rows that it had by then; one of another kind does not."""
     database.execute(T)
@@ -448,7 +450,7 @@ def test_ours_added_to_while_it_is_down(database: Database, lake: Lake, alter: s
 
 
 @only_18
-@pytest.mark.parametrize("what", ["options", "entries"])
+@pytest.mark.parametrize("what", ["options", pytest.param("entries", marks=pytest.mark.slow)])
 def test_ours_altered_while_it_runs(database: Database, lake: Lake, what: str) -> None:
     """G7, G1, G2: within a poll it is put right, and what may have been missed is copied anew."""
     database.execute(SEVERAL)

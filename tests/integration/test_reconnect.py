@@ -136,7 +136,9 @@ def test_terminated_walsender(database: Database, lake: Lake) -> None:
     assert differences(database, lake, "public.t", ["id"]) == ""
 
 
-@pytest.mark.parametrize("after_bytes", [3000, 50_000, 400_001])
+@pytest.mark.parametrize(
+    "after_bytes", [pytest.param(3000, marks=pytest.mark.slow), 50_000, pytest.param(400_001, marks=pytest.mark.slow)]
+)
 def test_connection_cut_within_a_message(database: Database, lake: Lake, scissors: Scissors, after_bytes: int) -> None:
     """J8: every connection is cut after so many bytes, in mid-message, mid-transaction and mid-COPY; then no more."""
     database.execute("CREATE TABLE t (id int PRIMARY KEY, v text)")

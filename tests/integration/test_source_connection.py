@@ -42,7 +42,7 @@ def test_settings_are_pinned_against_role_and_environment(database: Database, mo
         "lock_timeout": "1",
         "default_transaction_read_only": "on",
         "default_transaction_isolation": "serializable",
-        **({"transaction_timeout": "1"} if database.version >= 17 else {}),
+        **({"transaction_timeout": "100"} if database.version >= 17 else {}),
     }
     database.execute(f"CREATE ROLE {role} LOGIN SUPERUSER")
     try:

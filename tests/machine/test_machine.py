@@ -38,7 +38,7 @@ EXPECTED_ERRORS: tuple[str, ...] = ()
 """Parts of the reasons for which a table may be in state error."""
 
 SOAK = bool(os.environ.get("SOAK"))
-EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "500" if SOAK else "10"))
+EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "500" if SOAK else "6"))
 STEPS = 25
 
 _NAMES = ("t0", "t1", "t2")
