@@ -184,7 +184,11 @@ def test_while_columns_are_added(database: Database, lake: Lake) -> None:
 
 @pytest.mark.parametrize(
     ("point", "rounds"),
-    [*((point, NTH) for point in IN_COPY), ("before_parquet_tmp", (7,)), ("after_parquet_tmp", (7,))],
+    [
+        *((point, NTH) for point in IN_COPY),
+        ("before_parquet_tmp", (7,)),
+        pytest.param("after_parquet_tmp", (7,), marks=pytest.mark.slow),
+    ],
     ids=[*IN_COPY, "before_parquet_tmp", "after_parquet_tmp"],
 )
 @ONLY_18
