@@ -17,7 +17,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from psycopg import sql
 
 from cdc.embedded import EmbeddedServer
@@ -30,6 +30,17 @@ TESTED_MAJORS = (REQUIRED_MAJOR, *(major for major in (15,) if major in installa
 # a shared machine pauses now and then: the limit on each test is pytest-timeout's; the blob replays a failure
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
+
+SOAK = bool(os.environ.get("SOAK"))
+DRAWN = settings(
+    derandomize=not SOAK,
+    database=None,
+    deadline=None,
+    print_blob=SOAK,
+    suppress_health_check=list(HealthCheck),
+    report_multiple_bugs=False,
+)
+"""Of tests that draw what servers and consumers do: the same examples at each push, others at every `make soak`."""
 
 
 def pytest_report_header() -> list[str]:

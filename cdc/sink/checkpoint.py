@@ -267,9 +267,8 @@ class Ledger:
             "SELECT oid, schema_name, table_name, state, reason, storage, copy_lsn, columns, natts, types, "
             "deletes, publication, alias, widened FROM _cdc.tables"
         ):
-            oid, schema, name, state, reason, storage, copy_lsn, columns, *rest = row
+            oid, schema, name, state, reason, storage, copy_lsn, columns, *rest, widened = row
             stored = tuple(StoredColumn.read(column) for column in json.loads(columns))
-            *rest, widened = rest
             table = Table(oid, schema, name, state, reason, storage, copy_lsn, stored, *rest)
             self.tables[oid] = dataclasses.replace(table, widened=tuple(json.loads(widened)))
 

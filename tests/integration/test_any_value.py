@@ -19,18 +19,17 @@ from pathlib import Path
 import psycopg
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from cdc.embedded import EmbeddedServer
 from cdc.pgoutput.types.table import TYPES
-from tests.conftest import Database, Lake, fresh_database
+from tests.conftest import DRAWN, SOAK, Database, Lake, fresh_database
 from tests.integration.steps import sync
 from tests.literals import BUILT_IN, EXTENSIONS, Kind, array, columns, composite, decimals, domain, enum, ranges
 from tests.mirror import exact_differences, history_files, one_look, states, warehouse_rows
 from tests.values import PINNED
 
-SOAK = bool(os.environ.get("SOAK"))
 EXAMPLES = int(os.environ.get("VALUES_EXAMPLES", "100" if SOAK else "4"))
 
 _WRITING = PINNED.replace("search_path=", "search_path=public") + " -c standard_conforming_strings=on -c array_nulls=on"
@@ -279,15 +278,7 @@ def available(server: EmbeddedServer) -> list[str]:
 
 
 @pytest.mark.timeout(0 if SOAK else 900)  # half a minute, or what it takes to shrink a failure
-@settings(
-    max_examples=EXAMPLES,
-    derandomize=not SOAK,
-    database=None,
-    deadline=None,
-    print_blob=SOAK,
-    suppress_health_check=list(HealthCheck),
-    report_multiple_bugs=False,
-)
+@settings(DRAWN, max_examples=EXAMPLES)
 @given(data=st.data(), seed=st.integers(0, 2**32))
 def test_any_value_of_any_type(server: EmbeddedServer, available: list[str], data: st.DataObject, seed: int) -> None:
     """A1 to A20, A22, D1 to D4: three tables of any types, by copy, insert, update and delete."""

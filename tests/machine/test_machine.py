@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis import HealthCheck, note, settings
+from hypothesis import note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from cdc.embedded import EmbeddedServer
 from cdc.failpoints import POINTS
-from tests.conftest import Database, Lake, fresh_database
+from tests.conftest import DRAWN, SOAK, Database, Lake, fresh_database
 from tests.machine import actions
 from tests.machine.sessions import Script, Session
 from tests.mirror import Consumer, mirror_once, mirrored_rows, replayed, source_rows, warehouse_rows
@@ -37,7 +37,6 @@ from tests.mirror import Consumer, mirror_once, mirrored_rows, replayed, source_
 EXPECTED_ERRORS: tuple[str, ...] = ()
 """Parts of the reasons for which a table may be in state error."""
 
-SOAK = bool(os.environ.get("SOAK"))
 EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "500" if SOAK else "6"))
 STEPS = 25
 
@@ -382,14 +381,5 @@ def test_mirror_is_equal_whatever_happens(server: EmbeddedServer) -> None:
     Mirror.server = server
     run_state_machine_as_test(
         Mirror,
-        settings=settings(
-            max_examples=EXAMPLES,
-            stateful_step_count=STEPS,
-            derandomize=not SOAK,
-            database=None,
-            deadline=None,
-            print_blob=SOAK,
-            suppress_health_check=list(HealthCheck),
-            report_multiple_bugs=False,
-        ),
+        settings=settings(DRAWN, max_examples=EXAMPLES, stateful_step_count=STEPS),
     )
