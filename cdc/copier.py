@@ -20,16 +20,16 @@ import pyarrow as pa
 import stamina
 
 from cdc.errors import CdcError, ConnectionLost, SourceError
+from cdc.live import live_table
 from cdc.pgoutput.copy import decode_copy
-from cdc.pgoutput.masks import Mask
+from cdc.pgoutput.masks import Mask, masks_of, refuse_renamed
 from cdc.pgoutput.messages import Column
 from cdc.settings import Settings
-from cdc.sink.checkpoint import StoredColumn, Table
 from cdc.sink.evolve import COPY_SEQ
 from cdc.sink.history import History, HistoryFile, as_log
 from cdc.sink.holding import Holding, table_alias
-from cdc.sink.schema import masks_of, refuse_renamed
 from cdc.sink.staging import CopiedChunk, CopiedTable
+from cdc.sink.stored import StoredColumn, Table
 from cdc.source import fence
 from cdc.source.connection import connect
 from cdc.source.slot import Blocker
@@ -203,7 +203,7 @@ class Copy:
         Raises:
             MaskError: see `masks_of` and `refuse_renamed`.
         """
-        names = [column.name for column in _columns(snapshot)]
+        names = snapshot.published.columns
         known = (self._name, str(snapshot.published))
         refuse_renamed(self._masks, self.oid, known, names, was_masked=self._was_masked)
         attnums = {attribute.name: attribute.attnum for attribute in snapshot.definition.attributes}
@@ -227,16 +227,11 @@ class Copy:
         )
 
     def _stored(self, snapshot: Snapshot) -> tuple[StoredColumn, ...]:
-        attnums = {attribute.name: attribute.attnum for attribute in snapshot.definition.attributes}
-        masks = self._masked(snapshot)
-        stored = []
-        for index, column in enumerate(_columns(snapshot)):
-            mask = masks.get(index)
-            held = column if mask is None else mask.column(column)
-            label = "" if mask is None else mask.label
-            stored.append(StoredColumn(held.name, held.type_oid, held.typmod, attnums[held.name], label))
-        known, soft = (self._name, str(snapshot.published)), self._settings.deletes == "soft"
-        return self._holding.columns(self._table, known, stored, snapshot.definition.key, soft=soft)
+        self._masked(snapshot)  # refuses what cannot be masked
+        known = (self._name, str(snapshot.published))
+        live = live_table(snapshot.definition, snapshot.published.columns, self._masks, known[1:])
+        key, soft = snapshot.definition.key, self._settings.deletes == "soft"
+        return self._holding.columns(self._table, known, live.columns, key, soft=soft)
 
     def _forget(self) -> None:
         """Begin from nothing: remove the files of a try that did not come to its end."""
@@ -258,9 +253,3 @@ def _worth_another_try(error: Exception) -> bool:
     """Whether a copy begins again by itself: the connection broke, or the server has no room for it just now."""
     lost = isinstance(error, ConnectionLost)
     return lost or (isinstance(error, SourceError) and error.sqlstate in ("42710", "53400"))
-
-
-def _columns(snapshot: Snapshot) -> tuple[Column, ...]:
-    by_name = {attribute.name: attribute for attribute in snapshot.definition.attributes}
-    chosen = [by_name[name] for name in snapshot.published.columns]
-    return tuple(Column(a.name, a.type_oid, a.typmod, is_key=False) for a in chosen)

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 from cdc.copier import Copied, Copy, CopyBegun, CopyFailed, CopyItem
 from cdc.errors import CdcError, ConnectionLost, Resync, SinkError, TableError
 from cdc.settings import Settings
-from cdc.sink.checkpoint import Table
 from cdc.sink.holding import Holding
 from cdc.sink.sink import Sink
 from cdc.sink.staging import CopiedChunk
+from cdc.sink.stored import Table
 from cdc.source.slot import Blocker
 
 __all__ = ["Copies", "Observer"]

@@ -10,10 +10,10 @@ import json
 from collections.abc import Collection, Sequence
 from typing import Literal
 
-from cdc.sink.checkpoint import StoredColumn, Table
+from cdc.sink.columns import LiveTable
 from cdc.sink.holding import Holding
-from cdc.sink.schema import LiveTable, stored_columns
 from cdc.sink.storage import read
+from cdc.sink.stored import StoredColumn, Table
 from cdc.source.catalog import TableDefinition
 
 __all__ = ["Verdict", "judge"]
@@ -52,7 +52,7 @@ def judge(
     if described != [(c.name, c.type_oid, c.typmod) for c in table.columns]:
         return Verdict("altered")
     names = (str(table), str(definition))
-    held = holding.columns(table, names, stored_columns(live), definition.key, soft=table.deletes == "soft")
+    held = holding.columns(table, names, live.columns, definition.key, soft=table.deletes == "soft")
     if reason := _held_otherwise(table.columns, held):
         return Verdict("rewritten", reason)
     if (definition.storage, definition.types) == (table.storage, table.types):

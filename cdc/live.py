@@ -8,7 +8,8 @@ import pyarrow as pa
 
 from cdc.pgoutput.masks import Mask, Masks, chosen
 from cdc.pgoutput.messages import Column, Relation
-from cdc.sink.schema import LiveColumn, LiveTable
+from cdc.sink.columns import LiveTable
+from cdc.sink.stored import StoredColumn
 from cdc.source.catalog import Attribute, TableDefinition
 
 __all__ = ["live_table", "relation_of"]
@@ -27,17 +28,23 @@ def live_table(
     there = [attribute for attribute in definition.attributes if attribute.name in published]
     masked = chosen(masks, names, [attribute.name for attribute in there])
     columns = tuple(_column(attribute, masked.get(index)) for index, attribute in enumerate(there))
+    defaults = ((a.attnum, _default(a.missing, masked.get(index))) for index, a in enumerate(there))
     hidden = {attribute.attnum for attribute in definition.attributes if attribute not in there}
-    return LiveTable(definition.storage, columns, definition.natts, frozenset(hidden))
+    known = {attnum: default for attnum, default in defaults if default is not None}
+    return LiveTable(definition.storage, columns, definition.natts, frozenset(hidden), known)
 
 
-def _column(attribute: Attribute, mask: Mask | None) -> LiveColumn:
-    a = attribute
-    if mask is None:
-        return LiveColumn(a.name, a.type_oid, a.typmod, a.attnum, a.missing)
-    held = mask.column(Column(a.name, a.type_oid, a.typmod, is_key=False))
-    (missing,) = mask.apply(pa.array([a.missing], pa.string()).cast(pa.binary())).cast(pa.string()).to_pylist()
-    return LiveColumn(a.name, held.type_oid, held.typmod, a.attnum, missing, mask.label)
+def _column(attribute: Attribute, mask: Mask | None) -> StoredColumn:
+    column = Column(attribute.name, attribute.type_oid, attribute.typmod, is_key=False)
+    held = column if mask is None else mask.column(column)
+    return StoredColumn(held.name, held.type_oid, held.typmod, attribute.attnum, "" if mask is None else mask.label)
+
+
+def _default(text: str | None, mask: Mask | None) -> str | None:
+    if text is None or mask is None:
+        return text
+    (masked,) = mask.apply(pa.array([text]).cast(pa.binary())).cast(pa.string()).to_pylist()
+    return None if masked is None else str(masked)
 
 
 def relation_of(definition: TableDefinition, live: LiveTable) -> Relation:

@@ -27,11 +27,11 @@ from cdc.lsn import format_lsn
 from cdc.pgoutput.messages import WireBatch
 from cdc.settings import Settings
 from cdc.sink.answers import Answers
-from cdc.sink.checkpoint import Table
+from cdc.sink.columns import LiveTable
 from cdc.sink.history import History
 from cdc.sink.holding import Holding
-from cdc.sink.schema import LiveTable
 from cdc.sink.sink import Sink
+from cdc.sink.stored import Table
 from cdc.sink.view import View
 from cdc.sink.warehouse import ConsumerLock, Warehouse
 from cdc.source.declared import DeclaredTypes

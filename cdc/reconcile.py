@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from cdc.errors import StateError
-from cdc.sink.checkpoint import State, Table
+from cdc.sink.stored import State, Table
 from cdc.source.catalog import PublishedTable
 
 __all__ = ["again", "gap", "reconcile", "refuse_less", "theirs"]

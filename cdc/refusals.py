@@ -13,9 +13,9 @@ from cdc.lsn import format_lsn
 from cdc.pgoutput.types import Basis, Declarations, basis, column_type, may_be
 from cdc.reconcile import theirs
 from cdc.settings import Settings
-from cdc.sink.checkpoint import Checkpoint
 from cdc.sink.schema import strangers
 from cdc.sink.sink import Sink
+from cdc.sink.stored import Checkpoint
 from cdc.sink.warehouse import folded
 from cdc.source.catalog import TableDefinition
 from cdc.source.slot import Slot, System

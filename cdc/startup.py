@@ -27,8 +27,8 @@ from cdc.failpoints import reach
 from cdc.reconcile import gap, reconcile, refuse_less
 from cdc.refusals import in_use, refuse, refuse_choices, refuse_in_use, refuse_missing, refuse_settings, refuse_tables
 from cdc.settings import Settings
-from cdc.sink.checkpoint import Checkpoint, Table
 from cdc.sink.sink import Sink
+from cdc.sink.stored import Checkpoint, Table
 from cdc.source import catalog, preflight, publication, slot, upkeep
 from cdc.source.catalog import PublishedTable
 from cdc.source.connection import Connection, connect, connect_replication, translated

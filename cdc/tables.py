@@ -24,11 +24,11 @@ from cdc.errors import ConnectionLost, MaskError, Resync, TableError, Widen
 from cdc.live import live_table, relation_of
 from cdc.reconcile import again, reconcile
 from cdc.settings import Settings
-from cdc.sink.checkpoint import Table
+from cdc.sink.columns import LiveTable
 from cdc.sink.holding import Holding
-from cdc.sink.schema import LiveTable
 from cdc.sink.sink import Sink
 from cdc.sink.storage import read as read_storage
+from cdc.sink.stored import Table
 from cdc.source import fence
 from cdc.source.connection import connect
 from cdc.source.declared import DeclaredTypes

@@ -13,8 +13,8 @@ from cdc.cli.options import with_settings
 from cdc.errors import CdcError, SettingsError, WarehouseBusy
 from cdc.refusals import refuse, refuse_choices
 from cdc.settings import Settings
-from cdc.sink.checkpoint import Checkpoint
 from cdc.sink.reader import reading, rows
+from cdc.sink.stored import Checkpoint
 from cdc.source import publication, slot
 from cdc.source.connection import Connection, connect, connect_replication
 from cdc.source.declared import DeclaredTypes

@@ -11,7 +11,8 @@ from cdc.cli.options import with_settings
 from cdc.errors import CdcError, SettingsError, StateError
 from cdc.refusals import check_source, refuse_foreign
 from cdc.settings import Settings
-from cdc.sink.checkpoint import Checkpoint, Ledger, Table
+from cdc.sink.checkpoint import Ledger
+from cdc.sink.stored import Checkpoint, Table
 from cdc.sink.warehouse import Warehouse, explain
 from cdc.source import slot
 from cdc.source.connection import connect, connect_replication

@@ -22,10 +22,9 @@ from cdc.debezium import Envelopes
 from cdc.errors import CdcError, ConnectionLost, SettingsError, SourceError, StateError
 from cdc.lsn import format_lsn
 from cdc.pgoutput.decoder import Decoder, RelationRows
-from cdc.pgoutput.masks import Masks, mask_rows
+from cdc.pgoutput.masks import Masks, mask_rows, masks_of
 from cdc.pgoutput.messages import WireBatch
 from cdc.settings import Settings
-from cdc.sink.schema import masks_of
 from cdc.source import catalog, publication, slot, upkeep
 from cdc.source.connection import Connection, connect
 from cdc.source.stream import Idle, Item, Limits, Receiver

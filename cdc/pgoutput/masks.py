@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import hmac
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal
 
 import duckdb
@@ -22,11 +22,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cdc.errors import MaskError
 from cdc.pgoutput.messages import Column, Relation
 from cdc.pgoutput.rows import RelationRows
 from cdc.pgoutput.tuples import Tuples, gather, slice_tuples, views_of
 
-__all__ = ["Kind", "Mask", "Masks", "chosen", "mask_rows", "missing"]
+__all__ = ["Kind", "Mask", "Masks", "chosen", "mask_rows", "masks_of", "missing", "refuse_renamed"]
 
 Kind = Literal["hmac", "null", "hash"]
 Positions = npt.NDArray[np.int64]
@@ -88,6 +89,57 @@ def missing(masks: Masks, tables: Sequence[str], columns: Sequence[str]) -> list
     """Return the names of masked columns that the table does not have (any more): perhaps under another name."""
     there = {f"{table}.{column}" for table in tables for column in columns}
     return [name for name in masks if name not in there and any(name.startswith(f"{table}.") for table in tables)]
+
+
+def masks_of(
+    masks: Masks, oid: int, tables: Sequence[str], columns: Sequence[str], key: Collection[int]
+) -> dict[int, Mask]:
+    """Return the masks of a table's columns, by index.
+
+    Args:
+        masks: CDC_MASK.
+        tables: the names by which the table is known.
+        columns: names of all that the source sends.
+        key: indexes of the columns that identify a row.
+
+    Raises:
+        MaskError: a masked column is gone, perhaps under another name, or is part of the key.
+    """
+    if gone := missing(masks, tables, columns):
+        raise MaskError(
+            f"masked column {gone[0]} is not there any more: it was dropped, or has another name now",
+            oid,
+            f"put CDC_MASK right, start the consumer again, and run `cdc resync {tables[0]}`",
+        )
+    found = chosen(masks, tables, columns)
+    if wrong := sorted(found.keys() & set(key)):
+        raise MaskError(
+            f"masked column {columns[wrong[0]]} of {tables[0]} is part of its key now",
+            oid,
+            "take it out of CDC_MASK, or give the table another key; then `cdc resync` the table",
+        )
+    return found
+
+
+def refuse_renamed(masks: Masks, oid: int, names: tuple[str, str], columns: Sequence[str], *, was_masked: bool) -> None:
+    """Refuse a table whose masks go by a name that it has no longer.
+
+    Args:
+        masks: CDC_MASK.
+        names: by which it was known, and which it has now.
+        columns: names of all that the source sends.
+        was_masked: what is here of it has masks.
+
+    Raises:
+        MaskError: they do.
+    """
+    before, now = (chosen(masks, [name], columns) for name in names)
+    if names[0] != names[1] and not now and (was_masked or before or missing(masks, [names[0]], ())):
+        raise MaskError(
+            f"table {names[0]} is {names[1]} now, and CDC_MASK goes by its old name",
+            oid,
+            "put CDC_MASK right, start the consumer again, and `cdc resync` the table",
+        )
 
 
 def mask_rows(rows: RelationRows, masks: Mapping[int, Mask]) -> RelationRows:

@@ -23,9 +23,9 @@ from cdc.failpoints import reach
 from cdc.pgoutput.changes import TableChanges
 from cdc.pgoutput.types import ColumnType
 from cdc.sink import quarantine, rows
-from cdc.sink.checkpoint import Table
 from cdc.sink.history import as_log
 from cdc.sink.holding import DELETED_AT
+from cdc.sink.stored import Table
 from cdc.sink.warehouse import Warehouse, folded, quote
 
 __all__ = ["LOCAL_ROWS", "LOOK_UP_BYTES", "apply", "insert", "of_table"]

@@ -14,13 +14,16 @@ import pyarrow as pa
 
 from cdc.errors import Resync, TableError
 from cdc.failpoints import reach
+from cdc.pgoutput.masks import refuse_renamed
 from cdc.pgoutput.messages import Relation
 from cdc.sink import quarantine, schema
 from cdc.sink.apply import of_table
-from cdc.sink.checkpoint import Ledger, SchemaChange, StoredColumn, Table
+from cdc.sink.checkpoint import Ledger
+from cdc.sink.columns import LiveTable, same
 from cdc.sink.history import History, as_log
 from cdc.sink.holding import DELETED_AT, Holding, table_alias
-from cdc.sink.schema import Change, LiveTable, refuse_renamed
+from cdc.sink.schema import Change
+from cdc.sink.stored import SchemaChange, StoredColumn, Table
 from cdc.sink.view import View, refresh
 from cdc.sink.warehouse import Warehouse, folded, quote
 
@@ -104,7 +107,7 @@ class Evolution:
             Resync: only a new copy can.
             TableError: DuckDB cannot have columns of these names.
         """
-        if schema.same(table.columns, relation):
+        if same(table.columns, relation):
             return table
         plan = schema.plan(target, table, relation, live or self._live(relation.oid), self._holding)
         if plan is None:

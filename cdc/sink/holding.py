@@ -16,8 +16,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from cdc.pgoutput.masks import Masks
 from cdc.pgoutput.messages import Column, Relation
 from cdc.pgoutput.types import TEXT, Basis, Declarations, basis, may_be
-from cdc.sink.checkpoint import StoredColumn, Table
 from cdc.sink.history import META
+from cdc.sink.stored import StoredColumn, Table
 from cdc.sink.warehouse import folded
 
 __all__ = ["DELETED_AT", "Holding", "aliases", "held", "table_alias"]

@@ -19,8 +19,8 @@ import pyarrow as pa
 from cdc.errors import TableError, Widen
 from cdc.pgoutput.changes import TableChanges, Unfit
 from cdc.pgoutput.types import ColumnType
-from cdc.sink.checkpoint import StoredColumn, Table
 from cdc.sink.rows import DELETE, Sources
+from cdc.sink.stored import StoredColumn, Table
 from cdc.sink.warehouse import Warehouse, quote
 
 __all__ = [

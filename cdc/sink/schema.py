@@ -1,76 +1,33 @@
 """What brings a table of the warehouse to the columns that the stream describes.
 
-It compares and plans; the statements are run by evolve.py, in the transaction of the changes that follow them.
-The live catalog may be newer than the stream. It is trusted only where it equals the Relation in hand, and only for
-what the stream cannot tell: attnums, stored defaults, and whether the table was rewritten.
+It compares (columns.py) and plans; the statements are run by evolve.py, in the transaction of the changes that follow.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
 
-from cdc.errors import MaskError, TableError
-from cdc.pgoutput.masks import Mask, Masks, chosen, missing
-from cdc.pgoutput.messages import Column, Relation
-from cdc.sink.checkpoint import StoredColumn, Table
+from cdc.errors import TableError
+from cdc.pgoutput.messages import Relation
+from cdc.sink.columns import LiveTable, identify
 from cdc.sink.holding import DELETED_AT, Holding
 from cdc.sink.storage import rewritten
+from cdc.sink.stored import StoredColumn, Table
 from cdc.sink.warehouse import Warehouse, folded, quote
 
 __all__ = [
     "Change",
-    "LiveColumn",
-    "LiveTable",
     "Plan",
     "create_table",
-    "identify",
-    "masks_of",
     "nulls",
     "plan",
     "refuse",
-    "refuse_renamed",
-    "same",
-    "stored_columns",
     "strangers",
 ]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LiveColumn:
-    """A column as the catalog has it now.
-
-    Attributes:
-        default: text of the value that rows written before the column was added have; None: NULL.
-        mask: `Mask.label`; '': it is not masked.
-    """
-
-    name: str
-    type_oid: int
-    typmod: int
-    attnum: int
-    default: str | None = None
-    mask: str = ""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LiveTable:
-    """A published table as the catalog has it.
-
-    Attributes:
-        storage: see `TableDefinition.storage`.
-        columns: those that are published.
-        natts: the highest attnum that was ever used.
-        hidden: attnums of columns that are not published.
-    """
-
-    storage: str
-    columns: tuple[LiveColumn, ...]
-    natts: int
-    hidden: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,70 +70,6 @@ def strangers(warehouse: Warehouse, tables: Iterable[Table], names: Iterable[tup
         )
     }
     return [".".join(name) for name in names if folded(*name) in there - ours]
-
-
-def masks_of(
-    masks: Masks, oid: int, tables: Sequence[str], columns: Sequence[str], key: Collection[int]
-) -> dict[int, Mask]:
-    """Return the masks of a table's columns, by index.
-
-    Args:
-        masks: CDC_MASK.
-        tables: the names by which the table is known.
-        columns: names of all that the source sends.
-        key: indexes of the columns that identify a row.
-
-    Raises:
-        MaskError: a masked column is gone, perhaps under another name, or is part of the key.
-    """
-    if gone := missing(masks, tables, columns):
-        raise MaskError(
-            f"masked column {gone[0]} is not there any more: it was dropped, or has another name now",
-            oid,
-            f"put CDC_MASK right, start the consumer again, and run `cdc resync {tables[0]}`",
-        )
-    found = chosen(masks, tables, columns)
-    if wrong := sorted(found.keys() & set(key)):
-        raise MaskError(
-            f"masked column {columns[wrong[0]]} of {tables[0]} is part of its key now",
-            oid,
-            "take it out of CDC_MASK, or give the table another key; then `cdc resync` the table",
-        )
-    return found
-
-
-def refuse_renamed(masks: Masks, oid: int, names: tuple[str, str], columns: Sequence[str], *, was_masked: bool) -> None:
-    """Refuse a table whose masks go by a name that it has no longer.
-
-    Args:
-        masks: CDC_MASK.
-        names: by which it was known, and which it has now.
-        columns: names of all that the source sends.
-        was_masked: what is here of it has masks.
-
-    Raises:
-        MaskError: they do.
-    """
-    before, now = (chosen(masks, [name], columns) for name in names)
-    if names[0] != names[1] and not now and (was_masked or before or missing(masks, [names[0]], ())):
-        raise MaskError(
-            f"table {names[0]} is {names[1]} now, and CDC_MASK goes by its old name",
-            oid,
-            "put CDC_MASK right, start the consumer again, and `cdc resync` the table",
-        )
-
-
-def same(columns: Sequence[StoredColumn], relation: Relation) -> bool:
-    """Whether `relation` has just these columns, by name, type and order."""
-    return len(columns) == len(relation.columns) and all(
-        (stored.name, stored.type_oid, stored.typmod) == (column.name, column.type_oid, column.typmod)
-        for stored, column in zip(columns, relation.columns, strict=True)
-    )
-
-
-def stored_columns(live: LiveTable) -> tuple[StoredColumn, ...]:
-    """Return what ``_cdc.tables`` keeps of the catalog's columns, but for how they are held."""
-    return tuple(StoredColumn(c.name, c.type_oid, c.typmod, c.attnum, c.mask) for c in live.columns)
 
 
 def nulls(column: StoredColumn) -> pa.Array:
@@ -236,7 +129,7 @@ def plan(  # noqa: PLR0911 -- each is one reason for a new copy
     if gone & {(after[n].name, after[n].type_oid, after[n].typmod) for n in added}:
         return None  # rows may have come for either of the two: to the stream they look the same
     moved = rewritten(table.storage, live.storage)
-    if moved and any(n not in now or now[n].default is None for n in added):
+    if moved and any(n not in live.defaults for n in added):
         return None  # by the new column perhaps: a volatile default, of which each row has its own value
     steps = _Steps(target)
     for attnum in dropped:
@@ -247,71 +140,10 @@ def plan(  # noqa: PLR0911 -- each is one reason for a new copy
         if not steps.retype(before[attnum], after[attnum], rewritten=moved):
             return None
     for attnum in added:
-        default = now[attnum].default if attnum in now else None
-        if not steps.add(after[attnum], default):
+        if not steps.add(after[attnum], live.defaults.get(attnum)):
             return None
     natts = live.natts if attnums == tuple(now) else max(table.natts, *attnums)
     return Plan(tuple(steps.statements), stored, natts, tuple(steps.changes), moved)
-
-
-def identify(
-    columns: Sequence[StoredColumn], natts: int, relation: Relation, live: LiveTable | None
-) -> tuple[int, ...] | None:
-    """Return the attnums of a Relation's columns, None where these are not certain.
-
-    Args:
-        columns: of the Relation before.
-        natts: the highest attnum that was ever used then.
-        live: the catalog now.
-
-    The catalog may be several versions ahead, so names and types alone do not tell. But an attnum is never used twice,
-    a new one is greater than all before, and a Relation has its columns in that order. So what is there before and
-    afterwards was there in between, and a column in the place of another one is that one under another name.
-    """
-    if live is None:
-        return None
-    now = {column.attnum: column for column in live.columns}
-    added = [n for n in range(natts + 1, live.natts + 1) if n not in live.hidden]
-    if same(stored_columns(live), relation):
-        known = [n for n in now if n > natts]
-        # Else one may have come and gone in between, and this one have its name.
-        return tuple(now) if known == added[: len(known)] else None
-    later = {column.name for column in live.columns if column.attnum > natts}
-    wanted = list(relation.columns)
-    old = _identify_old(columns, wanted, now, later)
-    new = None if old is None else _identify_new(len(wanted) - len(old), added, now)
-    if old is None or new is None:
-        return None
-    there = {column.attnum for column in columns} | {n for n in now if natts < n < max(new, default=0)}
-    return (*old, *new) if there & now.keys() <= {*old, *new} else None
-
-
-def _identify_old(
-    columns: Sequence[StoredColumn], wanted: Sequence[Column], now: Mapping[int, LiveColumn], later: Collection[str]
-) -> list[int] | None:
-    """Return the attnums of those of the `wanted` columns that are among `columns`: the first so many."""
-    found: list[int] = []
-    names = {column.name for column in now.values()}
-    for position, column in enumerate(columns):
-        if len(found) == len(wanted):
-            break
-        name = wanted[len(found)].name
-        if column.attnum in now:  # it is there still, so it was there all the time
-            found.append(column.attnum)
-        elif name == column.name and name not in later:
-            found.append(column.attnum)  # dropped since, but not yet
-        elif name not in names and name not in {other.name for other in columns[position + 1 :]}:
-            return None  # it has another name, or is dropped, and this is a new one
-    return found
-
-
-def _identify_new(wanted: int, added: Sequence[int], now: Collection[int]) -> list[int] | None:
-    """Return the attnums of so many new columns, all of which are among `added`."""
-    if wanted == len(added):
-        return list(added)
-    first = list(added[:wanted])
-    # What is there still was there before all that came later; of what is dropped by now nobody knows when.
-    return first if len(first) == wanted and all(n in now for n in first) else None
 
 
 class _Steps:

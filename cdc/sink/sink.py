@@ -21,18 +21,18 @@ from cdc.errors import Resync, SinkError, TableError, WarehouseBusy, Widen
 from cdc.failpoints import reach
 from cdc.pgoutput.changes import decode_rows
 from cdc.pgoutput.decoder import Decoded
-from cdc.pgoutput.masks import mask_rows
+from cdc.pgoutput.masks import mask_rows, masks_of
 from cdc.pgoutput.messages import Relation
 from cdc.pgoutput.rows import RelationRows
-from cdc.sink import schema
 from cdc.sink.apply import apply
-from cdc.sink.checkpoint import Checkpoint, Ledger, State, Table
+from cdc.sink.checkpoint import Ledger
+from cdc.sink.columns import LiveTable
 from cdc.sink.evolve import Evolution, Moment
 from cdc.sink.history import History, HistoryFile
 from cdc.sink.holding import Holding, held
-from cdc.sink.schema import LiveTable
 from cdc.sink.staging import CopiedChunk, CopiedTable, Staging
 from cdc.sink.storage import truncated
+from cdc.sink.stored import Checkpoint, State, Table
 from cdc.sink.view import View, drop_others, make_room
 from cdc.sink.warehouse import Warehouse, explain
 
@@ -253,7 +253,7 @@ class Sink:
         relation = rows.relation
         columns = [column.name for column in relation.columns]
         names = (str(table), str(relation))
-        return mask_rows(rows, schema.masks_of(self._holding.masks, table.oid, names, columns, relation.key))
+        return mask_rows(rows, masks_of(self._holding.masks, table.oid, names, columns, relation.key))
 
     def _change(self, table: Table, target: str, rows: RelationRows, logged: bool) -> None:
         def log(changes: pa.Table) -> None:

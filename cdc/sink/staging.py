@@ -16,10 +16,11 @@ from cdc.pgoutput.changes import Unfit
 from cdc.pgoutput.rows import RelationRows
 from cdc.sink import quarantine, schema, tombstones
 from cdc.sink.apply import insert, of_table
-from cdc.sink.checkpoint import Ledger, StoredColumn, Table
+from cdc.sink.checkpoint import Ledger
 from cdc.sink.evolve import COPY_SEQ, Evolution, Moment, truncation
 from cdc.sink.history import History, HistoryFile
 from cdc.sink.holding import Holding, table_alias
+from cdc.sink.stored import StoredColumn, Table
 from cdc.sink.warehouse import Warehouse, quote
 
 __all__ = ["CopiedChunk", "CopiedTable", "Staging"]

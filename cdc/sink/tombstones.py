@@ -15,8 +15,8 @@ from collections.abc import Collection, Iterator, Sequence
 import pyarrow as pa
 
 from cdc.sink import quarantine
-from cdc.sink.checkpoint import StoredColumn, Table
 from cdc.sink.holding import DELETED_AT
+from cdc.sink.stored import StoredColumn, Table
 from cdc.sink.warehouse import Warehouse, quote
 
 __all__ = ["carry"]

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import duckdb
 
 from cdc.errors import StateError
-from cdc.sink.checkpoint import Table
+from cdc.sink.stored import Table
 from cdc.sink.warehouse import Warehouse, folded, quote
 
 __all__ = ["View", "drop_others", "make_room", "refresh"]

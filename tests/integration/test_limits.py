@@ -11,10 +11,10 @@ import pyarrow as pa
 import pytest
 
 from cdc.errors import SinkError
-from cdc.sink.checkpoint import Checkpoint
 from cdc.sink.history import History
 from cdc.sink.holding import Holding
 from cdc.sink.sink import Sink
+from cdc.sink.stored import Checkpoint
 from cdc.sink.warehouse import Warehouse
 from tests.conftest import Database, Lake
 from tests.integration.steps import agree, quarantine, sync, table_state

@@ -14,8 +14,9 @@ import pytest
 from cdc.pgoutput.changes import TableChanges
 from cdc.pgoutput.messages import Column, Relation
 from cdc.sink.apply import apply
-from cdc.sink.checkpoint import Ledger, Table
+from cdc.sink.checkpoint import Ledger
 from cdc.sink.rows import DELETE, INSERT
+from cdc.sink.stored import Table
 from cdc.sink.warehouse import Warehouse
 from tests.unit.test_checkpoint import INTENT
 

@@ -11,8 +11,10 @@ import pytest
 
 from cdc.errors import SinkError, StateError
 from cdc.pgoutput.types import Basis
-from cdc.sink.checkpoint import FORMAT, Checkpoint, Ledger, SchemaChange, StoredColumn, Table
+from cdc.sink.checkpoint import Ledger
+from cdc.sink.format import FORMAT
 from cdc.sink.history import HistoryFile
+from cdc.sink.stored import Checkpoint, SchemaChange, StoredColumn, Table
 from cdc.sink.warehouse import Warehouse
 
 INTENT = Checkpoint("7300000000000000001", "shop", "cdc", "cdc", None)

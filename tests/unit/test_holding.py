@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from cdc.pgoutput.messages import Column, Relation
 from cdc.pgoutput.types import Basis, Declared
-from cdc.sink.checkpoint import StoredColumn, Table
 from cdc.sink.holding import DELETED_AT, Holding, aliases, held, table_alias
+from cdc.sink.stored import StoredColumn, Table
 from cdc.sink.warehouse import folded
 
 TABLE = Table(7, "public", "t", "streaming")

@@ -8,7 +8,7 @@ import pytest
 
 from cdc.errors import StateError
 from cdc.reconcile import gap, reconcile, refuse_less, theirs
-from cdc.sink.checkpoint import State, Table
+from cdc.sink.stored import State, Table
 from cdc.source.catalog import PublishedTable, Terms
 
 TERMS = Terms(version=700, publishes="iudt", ours=True, subscribed=(1, 2))

@@ -14,9 +14,10 @@ import pytest
 from cdc.errors import TableError
 from cdc.pgoutput.messages import Column, Relation
 from cdc.sink import schema
-from cdc.sink.checkpoint import StoredColumn, Table
+from cdc.sink.columns import LiveTable, identify, same
 from cdc.sink.holding import Holding
-from cdc.sink.schema import LiveColumn, LiveTable, Plan
+from cdc.sink.schema import Plan
+from cdc.sink.stored import StoredColumn, Table
 
 INT, BIGINT, TEXT, NUMERIC, DATE = 23, 20, 25, 1700, 1082
 TEN_TWO = (10 << 16 | 2) + 4
@@ -33,11 +34,8 @@ def relation(*columns: StoredColumn) -> Relation:
 def live(
     *columns: StoredColumn, node: str = NODE, natts: int = 0, defaults: Mapping[str, str] = MappingProxyType({})
 ) -> LiveTable:
-    return LiveTable(
-        node,
-        tuple(LiveColumn(c.name, c.type_oid, c.typmod, c.attnum, defaults.get(c.name)) for c in columns),
-        max(natts, *(c.attnum for c in columns)),
-    )
+    by_attnum = {c.attnum: defaults[c.name] for c in columns if c.name in defaults}
+    return LiveTable(node, columns, max(natts, *(c.attnum for c in columns)), defaults=by_attnum)
 
 
 def plan(
@@ -66,7 +64,7 @@ def run(statements: tuple[tuple[str, pa.Array | None], ...]) -> list[tuple[objec
 
 
 def test_same() -> None:
-    assert schema.same((ID, V), relation(ID, V))
+    assert same((ID, V), relation(ID, V))
     for other in (
         (ID,),
         (V, ID),
@@ -75,7 +73,7 @@ def test_same() -> None:
         (ID, dataclasses.replace(V, typmod=8)),
         (ID, V, StoredColumn("w", TEXT, -1, 3)),
     ):
-        assert not schema.same((ID, V), relation(*other))
+        assert not same((ID, V), relation(*other))
 
 
 def test_added_and_dropped() -> None:
@@ -171,7 +169,7 @@ def test_versions_behind(
     then: tuple[StoredColumn, ...], now: tuple[StoredColumn, ...], natts: int, attnums: tuple[int, ...] | None
 ) -> None:
     """H2, H9: the stream has a version that the catalog has left behind."""
-    assert schema.identify((A, B), 2, relation(*then), live(*now, natts=natts)) == attnums
+    assert identify((A, B), 2, relation(*then), live(*now, natts=natts)) == attnums
 
 
 @pytest.mark.parametrize(
