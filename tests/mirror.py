@@ -11,7 +11,6 @@ import dataclasses
 import json
 import signal
 import subprocess
-import sys
 import time
 import urllib.parse
 from collections import Counter
@@ -28,10 +27,10 @@ from cdc.pipeline import Pipeline
 from cdc.settings import load
 from cdc.sink.warehouse import open_file
 from tests.conftest import Database, Lake
+from tests.program import Start, forked, run
 from tests.values import PINNED, fits, from_duckdb, from_postgres, logged, picked
 
 __all__ = [
-    "PROGRAM",
     "Consumer",
     "differences",
     "exact_differences",
@@ -44,7 +43,8 @@ __all__ = [
     "warehouse_rows",
 ]
 
-PROGRAM = (sys.executable, "-c", "from cdc.cli import main; main()")
+start: Start = forked
+"""How commands are started; a test may need it in another way."""
 
 RUN_TIMEOUT_S = 100.0
 
@@ -59,15 +59,7 @@ def until(condition: Callable[[], object], timeout_s: float = 60.0, what: str = 
 
 def run_cdc(lake: Lake, dsn: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run one command of cdc to its end."""
-    return subprocess.run(
-        [*PROGRAM, *arguments],
-        env=lake.environment(dsn, **settings),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=RUN_TIMEOUT_S,
-        cwd=lake.root,
-    )
+    return run(start, arguments, env=lake.environment(dsn, **settings), cwd=lake.root, timeout_s=RUN_TIMEOUT_S)
 
 
 class _Listener:
@@ -108,13 +100,8 @@ class Consumer:
     def __init__(self, lake: Lake, dsn: str, *arguments: str, **settings: str) -> None:
         self.log = lake.root / f"consumer-{time.monotonic_ns()}.log"
         with self.log.open("wb") as out:
-            self._process = subprocess.Popen(
-                [*PROGRAM, "run", *arguments],
-                env=lake.environment(dsn, **settings),
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                cwd=lake.root,
-            )
+            environment = lake.environment(dsn, **settings)
+            self._process = start(["run", *arguments], env=environment, cwd=lake.root, out=out, err=out)
 
     def __enter__(self) -> Self:
         return self
@@ -141,13 +128,16 @@ class Consumer:
 
     def kill(self) -> int:
         """Kill it with SIGKILL, unless it has ended; return its exit status."""
-        if self.running:
-            self._process.kill()
+        self.send_signal(signal.SIGKILL)
         return self._process.wait()
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send it a signal, unless it has ended."""
+        self._process.send_signal(number)
 
     def stop(self, timeout_s: float = 15.0) -> int:
         """Ask it to end by SIGTERM and return its exit status."""
-        self._process.send_signal(signal.SIGTERM)
+        self.send_signal(signal.SIGTERM)
         return self._process.wait(timeout_s)
 
     def wait(self, timeout_s: float = 60.0) -> int:

@@ -17,6 +17,7 @@ from cdc.sink.warehouse import Warehouse
 from tests.conftest import Database, Lake
 from tests.crash.remains import remains
 from tests.mirror import Consumer, differences, run_cdc, until, warehouse_rows
+from tests.program import spawned
 
 ONLY_18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 
@@ -64,17 +65,18 @@ def warehouse(lake: Lake) -> Warehouse:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at the signals of a process by /proc")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_it_is_being_loaded(lake: Lake, number: signal.Signals) -> None:
+def test_a_signal_while_it_is_being_loaded(lake: Lake, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     """J21: nothing is in hand yet, and the exit status is 0."""
+    monkeypatch.setattr("tests.mirror.start", spawned)
     with Consumer(lake, "host=127.0.0.1 port=1") as consumer:
-        status = Path(f"/proc/{consumer._process.pid}/status")
+        status = Path(f"/proc/{consumer.pid}/status")
 
         def caught() -> bool:
             masks = dict(line.split(":", 1) for line in status.read_text().splitlines())
             return bool(int(masks["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1)
 
         until(caught, 20)
-        consumer._process.send_signal(number)
+        consumer.send_signal(number)
         assert consumer.wait() == 0
         assert consumer.output == ""
 

@@ -12,7 +12,8 @@ from typing import Any, Self
 
 from tests.conftest import Database, Lake
 from tests.integration.refusals import took
-from tests.mirror import PROGRAM, until
+from tests.mirror import until
+from tests.program import PROGRAM
 
 __all__ = ["CLOCK", "HEAD", "STOP_S", "Tail", "gone", "published", "slots"]
 

@@ -12,6 +12,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -26,6 +27,7 @@ from cdc.source.connection import connect_replication, run_command
 from tests.conftest import REQUIRED_MAJOR, Database, Lake, _drop
 from tests.integration.refusals import Middleman, call, complete, eventually, fatal, reader, refused, rows, spawn, took
 from tests.mirror import Consumer, differences, states, warehouse_rows
+from tests.program import spawned
 
 pg18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 
@@ -313,7 +315,7 @@ def bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     probe = subprocess.run(program, capture_output=True, text=True, check=False)
     if "PermissionError" not in probe.stderr:
         pytest.skip("root's right to write everywhere cannot be taken away here")
-    monkeypatch.setattr("tests.mirror.PROGRAM", WITHOUT_PRIVILEGE)
+    monkeypatch.setattr("tests.mirror.start", partial(spawned, program=WITHOUT_PRIVILEGE))
 
 
 @pg18
@@ -420,7 +422,7 @@ def test_no_room(
     if phase != "first start":
         database.execute(BULK)
     with monkeypatch.context() as limit:
-        limit.setattr("tests.mirror.PROGRAM", (sys.executable, "-c", LIMITED, str(size)))
+        limit.setattr("tests.mirror.start", partial(spawned, program=(sys.executable, "-c", LIMITED, str(size))))
         error, hint = refused(spawn(lake, database.dsn, "run", "--once", **settings))
     assert "File too large" in error
     assert file in error

@@ -37,7 +37,8 @@ from tests.integration.copies import (
 )
 from tests.integration.gate import Gate
 from tests.integration.refusals import await_sent, call, complete, eventually, reader, refused, rows, took
-from tests.mirror import PROGRAM, Consumer, differences, history_files, states, until, warehouse_rows
+from tests.mirror import Consumer, differences, history_files, states, until, warehouse_rows
+from tests.program import PROGRAM
 
 pg18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 

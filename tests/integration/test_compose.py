@@ -20,7 +20,8 @@ from cdc.cli.status import status
 from cdc.settings import load
 from tests.conftest import Database, Lake
 from tests.integration.refusals import rows
-from tests.mirror import PROGRAM, warehouse_rows
+from tests.mirror import warehouse_rows
+from tests.program import PROGRAM
 
 ROOT = Path(__file__).parents[2]
 PROGRAM_OF_THE_IMAGE = "/opt/cdc/bin/cdc"

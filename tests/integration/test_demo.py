@@ -12,7 +12,8 @@ import duckdb
 import pytest
 
 from tests.integration.refusals import refused
-from tests.mirror import PROGRAM, until
+from tests.mirror import until
+from tests.program import PROGRAM
 
 QUICK = ("demo", "--seconds", "8", "--events", "20000")
 

@@ -18,7 +18,8 @@ from cdc.sink.stored import Checkpoint
 from cdc.sink.warehouse import Warehouse
 from tests.conftest import Database, Lake
 from tests.integration.steps import agree, quarantine, sync, table_state
-from tests.mirror import PROGRAM, mirror_once, run_cdc, states, warehouse_rows
+from tests.mirror import mirror_once, run_cdc, states, warehouse_rows
+from tests.program import PROGRAM
 
 pg18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 

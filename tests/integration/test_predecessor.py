@@ -12,7 +12,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from tests.conftest import Database
 from tests.integration.refusals import refused
-from tests.mirror import PROGRAM
+from tests.program import forked, run
 
 pytestmark = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 
@@ -48,9 +48,7 @@ def environment(database: Database, folder: Path, **more: str) -> dict[str, str]
 
 
 def cdc(variables: dict[str, str], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*PROGRAM, *arguments], env=variables, cwd=folder, capture_output=True, text=True, check=False, timeout=100
-    )
+    return run(forked, arguments, env=variables, cwd=folder, timeout_s=100)
 
 
 def test_all_variables_keep_working(database: Database, tmp_path: Path) -> None:

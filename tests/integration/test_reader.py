@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from cdc.sink.reader import socket_paths
 from cdc.sink.warehouse import Warehouse
 from tests.conftest import Database, Lake
 from tests.integration.refusals import refused
-from tests.mirror import PROGRAM, Consumer, mirror_once, run_cdc, until
+from tests.mirror import Consumer, mirror_once, run_cdc, until
+from tests.program import PROGRAM, forked, run
 
 ENDLESS = "SELECT sum(a.i * b.i) FROM range(1000000000) AS a(i), range(1000000000) AS b(i)"
 
@@ -63,8 +65,8 @@ def next_batch(held: Warehouse) -> None:
 
 def query(warehouse: Path, sql: str, *options: str) -> subprocess.CompletedProcess[str]:
     """Ask as a user does, in a process of its own."""
-    command = [*PROGRAM, "query", "--warehouse", str(warehouse), *options, sql]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=warehouse.parent)
+    command = ["query", "--warehouse", str(warehouse), *options, sql]
+    return run(forked, command, env=os.environ, cwd=warehouse.parent, timeout_s=60)
 
 
 def test_what_is_committed_is_answered(held: Warehouse) -> None:

@@ -18,7 +18,7 @@ from cdc.settings import PREDECESSOR, Settings
 from tests.conftest import Database
 from tests.integration.test_compose import services
 from tests.integration.test_compose_source import analytics, compose_server, dsn_of  # noqa: F401 -- fixtures
-from tests.mirror import PROGRAM
+from tests.program import PROGRAM
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()

@@ -16,7 +16,8 @@ from tests.conftest import Database, Lake
 from tests.integration.copies import await_states, blocking, settle, slot_waits
 from tests.integration.refusals import call, complete, refused, rows, took
 from tests.integration.tailing import CLOCK, HEAD, STOP_S, Tail, gone, published, slots
-from tests.mirror import PROGRAM, Consumer, until
+from tests.mirror import Consumer, until
+from tests.program import PROGRAM
 
 pg18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 
