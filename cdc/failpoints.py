@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 
-__all__ = ["POINTS", "reach"]
+__all__ = ["POINTS", "arm", "reach"]
 
 POINTS = (
     "after_recv",
@@ -37,20 +37,24 @@ POINTS = (
 """Every name that may be reached, in about the order in which a batch meets them."""
 
 
-def _armed(text: str) -> dict[str, int]:
-    if not text:
-        return {}
-    point, _, nth = text.partition(":")
-    if point not in POINTS:
-        raise ValueError(f"CDC_CRASH_AT names no crash point: {point!r}")
-    return {point: int(nth or 1)}
-
-
-_countdown = _armed(os.environ.get("CDC_CRASH_AT", ""))
+_countdown: dict[str, int] = {}
 _lock = threading.Lock()
 
 _LINGER_S = 0.1
 """What other threads were told too early gets out before the death, and shows."""
+
+
+def arm(text: str) -> None:
+    """Take on what CDC_CRASH_AT says: the name of a point, and after a colon at which visit; '': nothing."""
+    _countdown.clear()
+    point, _, nth = text.partition(":")
+    if point and point not in POINTS:
+        raise ValueError(f"CDC_CRASH_AT names no crash point: {point!r}")
+    if point:
+        _countdown[point] = int(nth or 1)
+
+
+arm(os.environ.get("CDC_CRASH_AT", ""))
 
 
 def reach(point: str) -> None:

@@ -17,6 +17,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import IO, Protocol
 
+from cdc import failpoints
 from cdc.cli import main
 
 __all__ = ["PROGRAM", "Process", "Start", "forked", "run", "spawned"]
@@ -109,6 +110,7 @@ def _become(arguments: list[str], env: dict[str, str], cwd: str, out: str, err: 
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    failpoints.arm(env.get("CDC_CRASH_AT", ""))
     sys.argv = ["cdc", *arguments]
     main()
 
