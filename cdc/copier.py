@@ -29,7 +29,7 @@ from cdc.sink.evolve import COPY_SEQ
 from cdc.sink.history import History, HistoryFile, as_log
 from cdc.sink.holding import Holding, table_alias
 from cdc.sink.staging import CopiedChunk, CopiedTable
-from cdc.sink.stored import StoredColumn, Table
+from cdc.sink.stored import Table
 from cdc.source import fence
 from cdc.source.connection import connect
 from cdc.source.slot import Blocker
@@ -212,7 +212,10 @@ class Copy:
 
     def _described(self, snapshot: Snapshot) -> CopiedTable:
         """Return what is copied, as the warehouse has it."""
-        definition, stored = snapshot.definition, self._stored(snapshot)
+        self._masked(snapshot)  # refuses what cannot be masked
+        definition, known = snapshot.definition, (self._name, str(snapshot.published))
+        live = live_table(definition, snapshot.published.columns, self._masks, known[1:])
+        soft = self._settings.deletes == "soft"
         return CopiedTable(
             self.oid,
             definition.schema,
@@ -221,17 +224,10 @@ class Copy:
             definition.storage,
             definition.natts,
             definition.types,
-            stored,
-            tuple(column.here for column in stored if column.attnum in definition.key),
+            self._holding.columns(self._table, known, live.columns, soft=soft),
+            live.hidden,
             table_alias(self._tables, self.oid, definition.schema, definition.name),
         )
-
-    def _stored(self, snapshot: Snapshot) -> tuple[StoredColumn, ...]:
-        self._masked(snapshot)  # refuses what cannot be masked
-        known = (self._name, str(snapshot.published))
-        live = live_table(snapshot.definition, snapshot.published.columns, self._masks, known[1:])
-        key, soft = snapshot.definition.key, self._settings.deletes == "soft"
-        return self._holding.columns(self._table, known, live.columns, key, soft=soft)
 
     def _forget(self) -> None:
         """Begin from nothing: remove the files of a try that did not come to its end."""

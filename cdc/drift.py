@@ -52,7 +52,7 @@ def judge(
     if described != [(c.name, c.type_oid, c.typmod) for c in table.columns]:
         return Verdict("altered")
     names = (str(table), str(definition))
-    held = holding.columns(table, names, live.columns, definition.key, soft=table.deletes == "soft")
+    held = holding.columns(table, names, live.columns, soft=table.deletes == "soft")
     if reason := _held_otherwise(table.columns, held):
         return Verdict("rewritten", reason)
     if (definition.storage, definition.types) == (table.storage, table.types):

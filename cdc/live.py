@@ -27,17 +27,17 @@ def live_table(
     """
     there = [attribute for attribute in definition.attributes if attribute.name in published]
     masked = chosen(masks, names, [attribute.name for attribute in there])
-    columns = tuple(_column(attribute, masked.get(index)) for index, attribute in enumerate(there))
+    columns = tuple(_column(attribute, masked.get(index), definition.key) for index, attribute in enumerate(there))
     defaults = ((a.attnum, _default(a.missing, masked.get(index))) for index, a in enumerate(there))
     hidden = {attribute.attnum for attribute in definition.attributes if attribute not in there}
     known = {attnum: default for attnum, default in defaults if default is not None}
     return LiveTable(definition.storage, columns, definition.natts, frozenset(hidden), known)
 
 
-def _column(attribute: Attribute, mask: Mask | None) -> StoredColumn:
-    column = Column(attribute.name, attribute.type_oid, attribute.typmod, is_key=False)
-    held = column if mask is None else mask.column(column)
-    return StoredColumn(held.name, held.type_oid, held.typmod, attribute.attnum, "" if mask is None else mask.label)
+def _column(attribute: Attribute, mask: Mask | None, key: Collection[int]) -> StoredColumn:
+    column = Column(attribute.name, attribute.type_oid, attribute.typmod, is_key=attribute.attnum in key)
+    held, label = (column, "") if mask is None else (mask.column(column), mask.label)
+    return StoredColumn(held.name, held.type_oid, held.typmod, attribute.attnum, label, is_key=held.is_key)
 
 
 def _default(text: str | None, mask: Mask | None) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from cdc.errors import SinkError, StateError
@@ -154,6 +154,13 @@ class Ledger:
             "INSERT INTO _cdc.schema_changes (schema_name, table_name, oid, lsn, seq, change, old_name, new_name, "
             "default_value) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [table.schema, table.name, table.oid, *dataclasses.astuple(change)],
+        )
+
+    def forget_defaults(self, table: Table, names: Collection[str]) -> None:
+        """Keep of the defaults of a table's columns only those of `names`."""
+        self._warehouse.execute(
+            "UPDATE _cdc.schema_changes SET default_value = NULL WHERE oid = ? AND NOT list_contains(?, new_name)",
+            [table.oid, list(names)],
         )
 
     def append_buffer(self, oid: int, last_lsn: int, in_history: bool, rows: bytes) -> None:

@@ -7,7 +7,7 @@ written down in ``_cdc.schema_changes``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -108,7 +108,7 @@ class Evolution:
             TableError: DuckDB cannot have columns of these names.
         """
         if same(table.columns, relation):
-            return table
+            return self._follow_key(table, set(relation.key))
         plan = schema.plan(target, table, relation, live or self._live(relation.oid), self._holding)
         if plan is None:
             raise Resync(f"the definition of {table} changed in a way that needs a new copy", table.oid)
@@ -122,6 +122,7 @@ class Evolution:
         left = {column.attnum for column in plan.columns}
         quarantine.forget_columns(self._warehouse, table, [c.here for c in table.columns if c.attnum not in left])
         quarantine.rename_columns(self._warehouse, table, names)
+        self._check_key(table, plan.columns)
         table = dataclasses.replace(table, columns=plan.columns, natts=plan.natts)
         if plan.rewritten and table.state == "streaming":
             table = dataclasses.replace(table, state="resyncing", reason="")
@@ -129,6 +130,27 @@ class Evolution:
         for change in plan.changes:
             self._note(table, moment, change)
         return table
+
+    def _follow_key(self, table: Table, key: Collection[int]) -> Table:
+        """Note by which of its columns (their indexes) a table's rows are told from here on."""
+        if all(column.is_key == (index in key) for index, column in enumerate(table.columns)):
+            return table
+        columns = tuple(dataclasses.replace(column, is_key=i in key) for i, column in enumerate(table.columns))
+        self._check_key(table, columns)
+        table = dataclasses.replace(table, columns=columns)
+        self._ledger.put(table)
+        return table
+
+    def _check_key(self, table: Table, columns: Sequence[StoredColumn]) -> None:
+        """Check that what is in quarantine can be found by the key that `columns` have.
+
+        Raises:
+            Resync: it goes by another one.
+        """
+        known = all(column.is_key is not None for column in table.columns)
+        before, now = ({c.attnum for c in those if c.is_key} for those in (table.columns, columns))
+        if known and before != now and quarantine.has_current(self._warehouse, table):
+            raise Resync(f"{table} has another key, and some of its values are in the quarantine", table.oid)
 
     def rename(self, table: Table, names: tuple[str, str], target: str, moment: Moment) -> Table:
         """Give a mirrored table its new schema and name, here and in the history; return it as it is then.

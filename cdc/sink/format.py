@@ -76,7 +76,7 @@ _UPGRADES = {
         WHERE (q.schema_name, q.table_name) = (t.schema_name, t.table_name)""",
         # Keys are written in another way now, so the rows of those that are there would not be found.
         """UPDATE _cdc.tables SET state = 'resyncing', reason = 'an earlier version has written its quarantine'
-        WHERE state = 'streaming' AND oid IN (SELECT oid FROM _cdc.quarantine WHERE current)""",
+        WHERE state IN ('streaming', 'resyncing') AND oid IN (SELECT oid FROM _cdc.quarantine WHERE current)""",
     ),
 }
 

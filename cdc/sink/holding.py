@@ -49,7 +49,6 @@ class Holding:
         table: Table,
         names: Sequence[str],
         columns: Sequence[StoredColumn],
-        key: Collection[int],
         *,
         soft: bool,
     ) -> tuple[StoredColumn, ...]:
@@ -57,7 +56,6 @@ class Holding:
 
         Args:
             names: by which the table is known, as ``schema.table``.
-            key: attnums of the columns that identify a row.
             soft: deleted rows stay, which takes a column of ours.
         """
         renamed = self.aliases(columns, soft=soft)
@@ -65,7 +63,7 @@ class Holding:
             dataclasses.replace(
                 column,
                 alias=renamed.get(column.attnum, ""),
-                held_as=_other(column, self._basis(table, names, column, is_key=column.attnum in key)),
+                held_as=_other(column, self._basis(table, names, column)),
             )
             for column in columns
         )
@@ -75,13 +73,13 @@ class Holding:
         ours = (*(META if self.logged else ()), *([DELETED_AT] if soft else ()))
         return aliases([(column.attnum, column.name) for column in columns], ours)
 
-    def _basis(self, table: Table, names: Sequence[str], column: StoredColumn, *, is_key: bool) -> Basis:
+    def _basis(self, table: Table, names: Sequence[str], column: StoredColumn) -> Basis:
         if column.attnum in table.widened:
             return TEXT
         natural = basis(column.type_oid, column.typmod, self.declared)
         choices = (self.choices.get(f"{name}.{column.name}") for name in names)
         chosen = next((choice for choice in choices if choice is not None), natural)
-        return chosen if may_be(natural, chosen, is_key=is_key) else natural
+        return chosen if may_be(natural, chosen, is_key=bool(column.is_key)) else natural
 
 
 def _other(column: StoredColumn, held_as: Basis) -> Basis | None:

@@ -27,8 +27,9 @@ __all__ = [
     "check_copy",
     "forget_columns",
     "forget_copy",
-    "forget_masked",
+    "forget_others",
     "forget_table",
+    "has_current",
     "inherit",
     "keep",
     "keep_query",
@@ -56,7 +57,7 @@ def inherit(warehouse: Warehouse, table: Table, changes: TableChanges, traced: M
         from_here = zip(sources.rows.tolist(), sources.donors.tolist(), strict=True)
         found = {row: known[donor] for row, donor in from_here if donor in known}
         absent = sources.donors < 0
-        if absent.any() and _has_current(warehouse, table):
+        if absent.any() and has_current(warehouse, table):
             keys = _key_texts(warehouse, changes)
             asked = {row: keys[at] for row, at in zip(sources.rows[absent], sources.keyed[absent], strict=True)}
             stored = _current(warehouse, table, changes.relation.columns[index].name, set(asked.values()))
@@ -77,15 +78,15 @@ def record(warehouse: Warehouse, table: Table, changes: TableChanges, limit: int
         Widen: such a value is in a key column, which can hold no NULL, or there are too many of them in another.
         TableError: a key column that is text has a value that is none.
     """
-    has_current = _has_current(warehouse, table)
-    if not changes.unfit and not has_current:
+    known = has_current(warehouse, table)
+    if not changes.unfit and not known:
         return
     columns = {column.here: column for column in table.columns}
     for unfit in changes.unfit:
         if unfit.column in changes.relation.key:
             raise _key_misfit(table, columns[changes.relation.columns[unfit.column].name])
     keys = _key_texts(warehouse, changes) if changes.relation.key else None
-    if has_current and keys is not None:
+    if known and keys is not None:
         with warehouse.view("_touched", pa.table({"key": pa.array(sorted(set(keys)))})):
             warehouse.execute(
                 f"UPDATE _cdc.quarantine SET current = false WHERE {_OF_TABLE} AND current "
@@ -168,10 +169,10 @@ def keep(warehouse: Warehouse, table: Table, entries: Sequence[tuple[str, str | 
 
 
 def keep_query(warehouse: Warehouse, table: Table, name: str, query: str, moment: tuple[int, int]) -> None:
-    """Write what `query` finds of column `name`: key and value of each row that holds it; `moment`: LSN and seq."""
+    """Write what `query` finds of column `name`: key and value of each deleted row; `moment`: LSN and seq."""
     warehouse.execute(
         "INSERT INTO _cdc.quarantine (schema_name, table_name, oid, column_name, key, value, lsn, seq, current) "
-        f"SELECT ?, ?, ?, ?, found.key, found.value, ?, ?, true FROM ({query}) AS found (key, value)",
+        f"SELECT ?, ?, ?, ?, found.key, found.value, ?, ?, false FROM ({query}) AS found (key, value)",
         [table.schema, table.name, table.oid, name, *moment],
     )
 
@@ -199,18 +200,27 @@ def take_copy(warehouse: Warehouse, table: Table, lsn: int) -> None:
     warehouse.execute(f"UPDATE _cdc.quarantine SET current = true, lsn = ? WHERE {_OF_TABLE} AND lsn = 0", [lsn, *here])
 
 
-def forget_masked(warehouse: Warehouse, table: Table, names: Iterable[str]) -> None:
-    """The columns `names` are masked: what was kept of them before goes."""
-    for name in names:
-        warehouse.execute(f"DELETE FROM _cdc.quarantine WHERE {_OF_TABLE} AND column_name = ?", [table.oid, name])
+def forget_others(warehouse: Warehouse, table: Table, names: Collection[str], key: Collection[str]) -> None:
+    """Keep of what rows held only what is of the columns `names`, and only keys of the columns `key`."""
+    warehouse.execute(
+        f"DELETE FROM _cdc.quarantine WHERE {_OF_TABLE} AND lsn > 0 AND NOT list_contains(?, column_name)",
+        [table.oid, list(names)],
+    )
+    warehouse.execute(
+        f"UPDATE _cdc.quarantine SET key = NULL WHERE {_OF_TABLE} AND lsn > 0 AND NOT list_has_all(?, json_keys(key))",
+        [table.oid, list(key)],
+    )
 
 
 def rename_columns(warehouse: Warehouse, table: Table, names: Mapping[str, str]) -> None:
-    """Columns have other names now (by the old ones), those of the key in the rows' keys, too."""
+    """Columns have other names now (by the old ones), those of the key in the rows' keys, too.
+
+    Only where it is about what came with the table's last copy or since: a copy that is being made has the new names.
+    """
     if not names:
         return
-    sql = f"SELECT DISTINCT column_name, key FROM _cdc.quarantine WHERE {_OF_TABLE}"
-    found = warehouse.execute(sql, [table.oid])
+    sql = f"SELECT DISTINCT column_name, key FROM _cdc.quarantine WHERE {_OF_TABLE} AND lsn >= ?"
+    found = warehouse.execute(sql, [table.oid, table.copy_lsn])
     if not found:
         return
     renamed = [(name, key, names.get(name, name), key and _relabelled(key, names)) for name, key in found]
@@ -218,8 +228,8 @@ def rename_columns(warehouse: Warehouse, table: Table, names: Mapping[str, str])
     with warehouse.view("_renamed", pa.table(columns, names=["name", "key", "new_name", "new_key"])):
         warehouse.execute(
             "UPDATE _cdc.quarantine AS q SET column_name = r.new_name, key = r.new_key FROM _renamed AS r "
-            f"WHERE {_OF_TABLE} AND q.column_name = r.name AND q.key IS NOT DISTINCT FROM r.key",
-            [table.oid],
+            f"WHERE {_OF_TABLE} AND lsn >= ? AND q.column_name = r.name AND q.key IS NOT DISTINCT FROM r.key",
+            [table.oid, table.copy_lsn],
         )
 
 
@@ -249,7 +259,8 @@ def rename_table(warehouse: Warehouse, table: Table, names: tuple[str, str]) -> 
     )
 
 
-def _has_current(warehouse: Warehouse, table: Table) -> bool:
+def has_current(warehouse: Warehouse, table: Table) -> bool:
+    """Whether a row of the table holds a value that is here."""
     sql = f"SELECT 1 FROM _cdc.quarantine WHERE {_OF_TABLE} AND current LIMIT 1"
     return bool(warehouse.execute(sql, [table.oid]))
 

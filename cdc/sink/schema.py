@@ -115,12 +115,10 @@ def plan(  # noqa: PLR0911 -- each is one reason for a new copy
     now = {column.attnum: column for column in live.columns}
     masks = {n: c.mask for n, c in before.items()} | {n: c.mask for n, c in now.items()}
     described = [
-        StoredColumn(c.name, c.type_oid, c.typmod, n, masks.get(n, ""))
-        for n, c in zip(attnums, relation.columns, strict=True)
+        StoredColumn(c.name, c.type_oid, c.typmod, n, masks.get(n, ""), is_key=i in relation.key)
+        for i, (n, c) in enumerate(zip(attnums, relation.columns, strict=True))
     ]
-    names = (str(table), str(relation))
-    key = {attnums[index] for index in relation.key}
-    stored = holding.columns(table, names, described, key, soft=table.deletes == "soft")
+    stored = holding.columns(table, (str(table), str(relation)), described, soft=table.deletes == "soft")
     after = {column.attnum: column for column in stored}
     dropped, added = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
     if not before.keys() & after.keys() or any(n <= table.natts for n in added):

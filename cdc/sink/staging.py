@@ -53,7 +53,7 @@ class CopiedTable:
     Attributes:
         lsn: the copy's L: what was committed before is in it, nothing that was committed from there on.
         storage, natts, types, columns, alias: see `Table`.
-        key: names here of the columns of its replica identity, none where it has no key.
+        hidden: attnums of columns that are not published.
     """
 
     oid: int
@@ -64,13 +64,18 @@ class CopiedTable:
     natts: int
     types: str
     columns: tuple[StoredColumn, ...]
-    key: tuple[str, ...]
+    hidden: frozenset[int]
     alias: str = ""
 
     @property
     def here(self) -> tuple[str, str]:
         """Its schema and name in DuckDB and in the change log."""
         return self.schema, self.alias or self.name
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Names here of the columns of its replica identity, none where it has no key."""
+        return tuple(column.here for column in self.columns if column.is_key)
 
     def __str__(self) -> str:
         return f"{self.schema}.{self.name}"
@@ -177,11 +182,8 @@ class Staging:
             deletes=self._deletes,
         )
         staging = self._table(copied.oid)
+        self._forget_hidden(old, copied)
         quarantine.take_copy(self._warehouse, old, copied.lsn)
-        quarantine.forget_masked(self._warehouse, old, [column.here for column in copied.columns if column.mask])
-        if self._deletes == "soft":
-            with of_table(old):
-                tombstones.carry(self._warehouse, old, copied.columns, copied.key, staging, (copied.lsn, COPY_SEQ))
         if (old.schema, old.name) != (new.schema, new.name):
             quarantine.rename_table(self._warehouse, old, (new.schema, new.name))
         if self._history.root:
@@ -198,11 +200,24 @@ class Staging:
             self._change(new, staging, rows, not in_history)
             new = self._ledger.tables[copied.oid]
         self._ledger.clear_buffer(copied.oid)
+        if self._deletes == "soft":
+            with of_table(old):
+                tombstones.carry(self._warehouse, old, new, staging, (copied.lsn, COPY_SEQ))
         if old.copy_lsn is not None:
             self._warehouse.execute(f"DROP TABLE IF EXISTS {self._warehouse.name(*old.here)}")
         self._evolution.make_room(new)
         self._warehouse.execute(f"ALTER TABLE {staging} RENAME TO {quote(new.here[1])}")
         self._evolution.show(new, of=str(old))
+
+    def _forget_hidden(self, old: Table, copied: CopiedTable) -> None:
+        """What was kept of columns that are masked or not published by now goes, values in keys among it."""
+        hidden = copied.hidden | {column.attnum for column in copied.columns if column.mask}
+        if not hidden:
+            return
+        shown = {column.here for column in copied.columns if not column.mask}
+        shown -= {column.here for column in old.columns if column.attnum in hidden}
+        quarantine.forget_others(self._warehouse, old, shown, copied.key)
+        self._ledger.forget_defaults(old, shown)
 
     def forget(self) -> None:
         """After a start: no copy is under way, so what a crash left of one is of no use."""

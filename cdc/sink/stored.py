@@ -48,6 +48,7 @@ class StoredColumn:
         mask: `Mask.label`; '': it is not masked.
         alias: its name here, where that is another.
         held_as: the built-in type as which it is held, where that is another.
+        is_key: it is one of those that identify a row; None: not known, an earlier version has written it.
     """
 
     name: str
@@ -57,6 +58,7 @@ class StoredColumn:
     mask: str = ""
     alias: str = ""
     held_as: Basis | None = None
+    is_key: bool | None = None
 
     @property
     def here(self) -> str:

@@ -93,6 +93,18 @@ def test_another_mind(database: Database, lake: Lake) -> None:
     assert copy_lsns(lake) == again
 
 
+def test_what_did_not_fit_goes_too(database: Database, lake: Lake) -> None:
+    """The quarantine keeps nothing of a column that is excluded later, and all of the others'."""
+    database.execute(
+        "CREATE TABLE t (id int PRIMARY KEY, iban text[], n numeric(5,2));INSERT INTO t VALUES (1, '{{secret}}', 'NaN')"
+    )
+    mirror_once(lake, database.dsn)
+    assert len(warehouse_rows(lake, "FROM _cdc.quarantine")) == 2
+    mirror_once(lake, database.dsn, exclude="public.t.iban")
+    found = warehouse_rows(lake, "SELECT DISTINCT column_name, value FROM _cdc.quarantine")
+    assert found == [("n", "NaN")]
+
+
 def test_what_cannot_be_excluded(database: Database, lake: Lake) -> None:
     """Exit status 2, and nothing is made; `check` tells it too."""
     database.execute(TABLES + "; CREATE TABLE whole (id int, v text); ALTER TABLE whole REPLICA IDENTITY FULL;")

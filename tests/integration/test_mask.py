@@ -156,6 +156,18 @@ def test_what_was_there_before_the_mask(database: Database, lake: Lake) -> None:
     assert warehouse_rows(lake, "SELECT * FROM _cdc.quarantine") == []
 
 
+def test_a_name_and_a_mask_at_once(database: Database, lake: Lake) -> None:
+    """What the quarantine kept of a column under its old name goes when it comes masked under a new one."""
+    database.execute("CREATE TABLE t (id int PRIMARY KEY, l text[]); INSERT INTO t VALUES (1, '{{clear}}')")
+    mirror_once(lake, database.dsn)
+    assert warehouse_rows(lake, "SELECT value FROM _cdc.quarantine") == [("{{clear}}",)]
+    database.execute("ALTER TABLE t RENAME l TO m")
+    assert run_cdc(lake, database.dsn, "resync", "--all", mask="public.t.m:null").returncode == 0
+    mirror_once(lake, database.dsn, mask="public.t.m:null")
+    assert warehouse_rows(lake, "FROM public.t") == [(1, None)]
+    assert warehouse_rows(lake, "FROM _cdc.quarantine") == []
+
+
 def test_what_cannot_be_masked(database: Database, lake: Lake) -> None:
     """Exit status 2, one line, one hint, and nothing is made; `check` tells it too."""
     database.execute(TABLES)

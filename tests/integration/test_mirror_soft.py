@@ -6,8 +6,10 @@ from decimal import Decimal
 from typing import Any
 
 from tests.conftest import Database, Lake
+from tests.integration.copies import SOME_BYTES, await_states, settle
+from tests.integration.gate import Gate
 from tests.integration.steps import copies, log, quarantine, sync, table_state, transactions
-from tests.mirror import differences, mirrored_rows, replayed, run_cdc, source_rows, warehouse_rows
+from tests.mirror import Consumer, differences, mirrored_rows, replayed, run_cdc, source_rows, until, warehouse_rows
 
 
 def living(database: Database, lake: Lake, *tables: str) -> None:
@@ -297,8 +299,50 @@ def test_tombstones_of_columns_that_are_held_otherwise(database: Database, lake:
         lake, "SELECT id, i, u IS NULL, l, j FROM public.t WHERE _deleted_at IS NOT NULL ORDER BY id"
     )
     assert found == [(1, Decimal("1.50"), True, [1, 2], 7), (2, None, False, None, 8)]
-    kept = {entry[:3] for entry in quarantine(lake, "public.t") if entry[3]}
-    assert kept == {("i", '{"id": "2"}', "NaN"), ("l", '{"id": "2"}', "x")}
+    kept = set(quarantine(lake, "public.t"))  # of rows that hold it no more
+    assert kept == {("i", '{"id": "2"}', "NaN", False), ("l", '{"id": "2"}', "x", False)}
+
+
+def test_tombstones_do_not_keep_a_table_from_its_copy(database: Database, lake: Lake) -> None:
+    """L1, H4: what json and uuid refuse, in rows that are gone and in rows that were mended before the ALTER."""
+    database.execute(
+        "CREATE TABLE t (id int PRIMARY KEY, j text, u text);"
+        "INSERT INTO t VALUES (1, 'hello', 'x'), (2, 'hello', gen_random_uuid()), (3, '{}', NULL)"
+    )
+    sync(database, lake, deletes="soft")
+    transactions(
+        database,
+        "DELETE FROM t WHERE id = 1",
+        "ALTER TABLE t ALTER j TYPE json USING CASE WHEN j = 'hello' THEN to_json(j) ELSE j::json END, "
+        "ALTER u TYPE uuid USING u::uuid; UPDATE t SET j = '[]' WHERE id = 3",
+    )
+    sync(database, lake, deletes="soft")
+    living(database, lake, "public.t")
+    assert deleted(lake, "public.t", "id, j, u") == [(1, None, None)]
+    assert table_state(lake, "public.t") == ("streaming", "")
+
+
+def test_rows_without_a_key_that_go_while_their_table_is_copied_anew(database: Database, lake: Lake) -> None:
+    """L1, C7, K9: those that the copy has alive, and the stream deletes behind it, are marked once."""
+    database.execute(
+        "CREATE TABLE t (id int, pad text); ALTER TABLE t REPLICA IDENTITY FULL;"
+        "INSERT INTO t SELECT i, repeat(md5(i::text), 3) FROM generate_series(1, 5000) AS i"
+    )
+    sync(database, lake, deletes="soft")
+    transactions(database, "DELETE FROM t WHERE id = 1")
+    with Gate(database.dsn) as gate, Consumer(lake, gate.dsn, deletes="soft") as consumer:
+        settle(consumer, database, lake)
+        gate.hold_rows(SOME_BYTES)
+        assert run_cdc(lake, database.dsn, "resync", "--all", deletes="soft").returncode == 0
+        until(lambda: gate.waiting, what="the copy to be under way")
+        transactions(database, "DELETE FROM t WHERE id IN (2, 3)")
+        until(lambda: len(deleted(lake, "public.t", "id")) == 3)
+        gate.open()
+        await_states(consumer, lake, "streaming", "public.t")
+        settle(consumer, database, lake)
+        assert consumer.stop() == 0
+    living(database, lake, "public.t")
+    assert deleted(lake, "public.t", "id") == [(1,), (2,), (3,)]
 
 
 def test_tombstones_of_a_key_that_becomes_text(database: Database, lake: Lake) -> None:

@@ -18,7 +18,7 @@ from cdc.sink.checkpoint import Ledger
 from cdc.sink.rows import DELETE, INSERT
 from cdc.sink.stored import Table
 from cdc.sink.warehouse import Warehouse
-from tests.unit.test_checkpoint import INTENT
+from tests.unit.conftest import INTENT
 
 Row = tuple[int, int, int]
 

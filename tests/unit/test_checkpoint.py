@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -16,8 +14,8 @@ from cdc.sink.format import FORMAT
 from cdc.sink.history import HistoryFile
 from cdc.sink.stored import Checkpoint, SchemaChange, StoredColumn, Table
 from cdc.sink.warehouse import Warehouse
+from tests.unit.conftest import INTENT
 
-INTENT = Checkpoint("7300000000000000001", "shop", "cdc", "cdc", None)
 COLUMNS = (
     StoredColumn("id", 23, -1, 1),
     StoredColumn('we"ird\n', 1700, 655366, 4),
@@ -39,25 +37,6 @@ TABLE = Table(
     "orders_1",
     (4, 5),
 )
-
-
-@pytest.fixture
-def warehouse(tmp_path: Path) -> Iterator[Warehouse]:
-    """A new DuckDB file, held."""
-    made = Warehouse(tmp_path / "w.duckdb", 256_000_000, 1)
-    made.acquire()
-    yield made
-    made.release()
-
-
-@pytest.fixture
-def ledger(warehouse: Warehouse) -> Ledger:
-    """A ledger with an intent, committed."""
-    made = Ledger(warehouse)
-    warehouse.begin()
-    made.create(INTENT)
-    warehouse.commit()
-    return made
 
 
 def reopened(warehouse: Warehouse) -> Ledger:

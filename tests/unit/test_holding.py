@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import duckdb
 from hypothesis import given
@@ -27,12 +28,12 @@ DECLARED = {
 HOLDING = Holding({}, {}, DECLARED.get, logged=True, limit=10)
 
 
-def columns(*names: str, oid: int = TEXT, typmod: int = -1) -> list[StoredColumn]:
-    return [StoredColumn(name, oid, typmod, number) for number, name in enumerate(names, start=1)]
+def columns(*names: str, oid: int = TEXT, typmod: int = -1, key: Collection[int] = (1,)) -> list[StoredColumn]:
+    return [StoredColumn(name, oid, typmod, n, is_key=n in key) for n, name in enumerate(names, start=1)]
 
 
 def here(*names: str, holding: Holding = HOLDING, soft: bool = False) -> list[str]:
-    return [column.here for column in holding.columns(TABLE, NAMES, columns(*names), [1], soft=soft)]
+    return [column.here for column in holding.columns(TABLE, NAMES, columns(*names), soft=soft)]
 
 
 def test_names_that_are_one_to_duckdb() -> None:
@@ -84,7 +85,7 @@ def test_names_of_tables() -> None:
 def test_types() -> None:
     """A16: a domain is what it is over; A15: an enum is text; what is gone, too."""
     described = [StoredColumn("c", oid, -1, 1) for oid in (23, 16400, 16401, 16402, 99999)]
-    found = HOLDING.columns(TABLE, NAMES, described, [], soft=False)
+    found = HOLDING.columns(TABLE, NAMES, described, soft=False)
     assert [c.held_as for c in found] == [None, (23, -1), (1007, -1), (TEXT, -1), (TEXT, -1)]
     assert [c.kind.duckdb for c in found] == ["INTEGER", "INTEGER", "INTEGER[]", "VARCHAR", "VARCHAR"]
 
@@ -97,7 +98,8 @@ def test_choices() -> None:
     )
 
     def kinds(oid: int, *key: int) -> list[str]:
-        found = holding.columns(TABLE, ("old.t", "public.t"), columns("a", "b", "c", "d", oid=oid), key, soft=False)
+        described = columns("a", "b", "c", "d", oid=oid, key=key)
+        found = holding.columns(TABLE, ("old.t", "public.t"), described, soft=False)
         return [column.kind.duckdb for column in found]
 
     assert kinds(NUMERIC) == ["DOUBLE", "DECIMAL(10,2)", "VARCHAR", "VARCHAR"]
@@ -110,14 +112,14 @@ def test_widened() -> None:
     """A column whose type could not hold what it has is text, whatever was chosen."""
     holding = dataclasses.replace(HOLDING, choices={"public.t.a": Basis(701, -1)})
     table = dataclasses.replace(TABLE, widened=(1, 3))
-    found = holding.columns(table, NAMES, columns("a", "b", "c", oid=NUMERIC, typmod=TEN_TWO), [], soft=False)
+    found = holding.columns(table, NAMES, columns("a", "b", "c", oid=NUMERIC, typmod=TEN_TWO), soft=False)
     assert [column.kind.duckdb for column in found] == ["VARCHAR", "DECIMAL(10,2)", "VARCHAR"]
 
 
 def test_held() -> None:
     """A relation as the decoder is given it has the names and types of the table, and its own key."""
     stored = HOLDING.columns(
-        TABLE, NAMES, [StoredColumn("a", 16400, -1, 1), StoredColumn("A", 16402, -1, 2)], [1], soft=False
+        TABLE, NAMES, [StoredColumn("a", 16400, -1, 1), StoredColumn("A", 16402, -1, 2)], soft=False
     )
     table = dataclasses.replace(TABLE, columns=stored)
     relation = Relation(7, "s", "r", "d", (Column("a", 16400, -1, is_key=True), Column("A", 16402, -1, is_key=False)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,6 @@ import pytest
 
 from cdc.errors import StateError, WarehouseBusy
 from cdc.sink.warehouse import ConsumerLock, Warehouse, open_file, quote
-
-
-@pytest.fixture
-def warehouse(tmp_path: Path) -> Iterator[Warehouse]:
-    """A warehouse that is held."""
-    made = Warehouse(tmp_path / "w.duckdb", 100_000_000, 1)
-    made.acquire()
-    yield made
-    made.release()
 
 
 def test_an_interruption_between_two_statements_is_not_forgotten(warehouse: Warehouse) -> None:

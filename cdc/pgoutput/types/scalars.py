@@ -7,7 +7,6 @@ Source: PostgreSQL manual, "Data Types".
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import numpy as np
@@ -99,12 +98,12 @@ _PAIRED = (  # JSON in which every \\u of a surrogate is half of a pair
 )
 
 
-def _double(text: pa.StringArray) -> pa.Array:
-    """Cast to a double; digits that are too many for one (of a numeric: a float8 prints none such) are refused."""
-    values = pc.cast(text, pa.float64())
+def _float(text: pa.StringArray, arrow: pa.DataType) -> pa.Array:
+    """Cast to a float; digits that are too many for one (of a numeric: a float8 prints none such) are refused."""
+    values = pc.cast(text, arrow)
     infinite = pc.is_inf(values)
     if pc.any(infinite).as_py() and pc.any(pc.match_substring_regex(text.filter(infinite), "[0-9]")).as_py():
-        raise pa.ArrowInvalid("expected a number that a double can hold")
+        raise pa.ArrowInvalid("expected a number that a float can hold")
     return values
 
 
@@ -128,7 +127,8 @@ SMALLINT = _by_arrow(pa.int16(), "SMALLINT", _INTEGER)
 INTEGER = _by_arrow(pa.int32(), "INTEGER", _INTEGER)
 BIGINT = _by_arrow(pa.int64(), "BIGINT", _INTEGER)
 # 0 and -0 are equal and print otherwise.
-REAL = dataclasses.replace(_by_arrow(pa.float32(), "FLOAT", ""), equal=False)
+_real, _double = (functools.partial(_float, arrow=arrow) for arrow in (pa.float32(), pa.float64()))
+REAL = Scalar(pa.float32(), "FLOAT", _real, likely(_real, ""), equal=False)
 DOUBLE = Scalar(pa.float64(), "DOUBLE", _double, likely(_double, ""), equal=False)
 
 
