@@ -71,7 +71,7 @@ MUTATIONS = (
     ),
     Mutation(
         "takes a renamed column for a dropped and an added one",
-        "sink/schema.py",
+        "sink/columns.py",
         "elif name == column.name and name not in later:",
         "elif name == column.name:",
         ("tests/unit/test_schema.py::test_versions_behind",),
@@ -235,8 +235,8 @@ MUTATIONS = (
     Mutation(
         "leaves what is replaced in the quarantine as current",
         "sink/quarantine.py",
-        "if has_current and keys is not None:",
-        "if has_current and keys is None:",
+        "if known and keys is not None:",
+        "if known and keys is None:",
         (f"{VALUES}::test_what_the_rows_still_hold",),
     ),
     Mutation(
@@ -252,6 +252,34 @@ MUTATIONS = (
         " and before[column.attnum].mask == column.mask",
         "",
         ("tests/integration/test_mask.py::test_what_was_there_before_the_mask",),
+    ),
+    Mutation(
+        "keeps what did not fit of a column that is hidden by now",
+        "sink/staging.py",
+        "        if not hidden:\n",
+        "        if hidden:\n",
+        ("tests/integration/test_exclude.py::test_what_did_not_fit_goes_too",),
+    ),
+    Mutation(
+        "looks for what did not fit by a key that is no longer the key",
+        "sink/evolve.py",
+        "if known and before != now and",
+        "if not known and",
+        (f"{VALUES}::test_the_quarantine_goes_by_the_key",),
+    ),
+    Mutation(
+        "carries deleted rows that the stream has brought already",
+        "sink/tombstones.py",
+        " EXCEPT ALL {since}",
+        "",
+        ("tests/integration/test_mirror_soft.py::test_rows_without_a_key_that_go_while_their_table_is_copied_anew",),
+    ),
+    Mutation(
+        "takes a living row for a deleted one when its enum has other labels",
+        "sink/tombstones.py",
+        "return not (printed_anew and",
+        "return not (False and",
+        ("tests/unit/test_tombstones.py::test_who_is_absent",),
     ),
 )
 
