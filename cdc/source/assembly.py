@@ -160,8 +160,13 @@ class Assembly:
             self._message(frame)
         if len(self._frames) == 1:
             self._born = time.monotonic()
-        if self._size > self._limits.bytes or self._rows_left < 0:
+        if self._is_over:
             self._overflow()
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether what is in hand is past a limit."""
+        return self._size > self._limits.bytes or self._rows_left < 0
 
     def _message(self, frame: bytes) -> None:
         if self.open:
@@ -178,10 +183,9 @@ class Assembly:
         self._whole_rows_left = self._rows_left
 
     def _overflow(self) -> None:
-        """Make room within a transaction: hand on what is whole before it, or else a piece of it."""
-        if self._whole:
-            self.cut()
-        elif self.open:
+        """Make room within a transaction: hand on what is whole before it, and a piece of it if that is not enough."""
+        self.cut()
+        if self.open and self._is_over:
             piece = self._frames
             self._begin([], 0, 0)
             # The end of a transaction in pieces is not kept waiting for more.

@@ -75,6 +75,13 @@ def test_a_transaction_past_the_limit_comes_after_what_was_whole(
     assert [(len(batch.frames), batch.complete) for batch in batches] == [(5, True), (7, False), (2, True)]
 
 
+def test_a_transaction_past_the_limit_after_an_empty_one(
+    make: Callable[[int, int], Assembly], batches: list[WireBatch]
+) -> None:
+    feed(make(1, 10**6), transaction(0) + transaction(2))
+    assert [(len(batch.frames), batch.complete) for batch in batches] == [(3, True), (4, False), (1, True)]
+
+
 def test_a_fence_cuts_at_its_commit(make: Callable[[int, int], Assembly], batches: list[WireBatch]) -> None:
     assembly = make(1000, 10**6)
     feed(assembly, [*transaction(1), frame("B"), message("cdc"), frame("I"), frame("C"), frame("B")])
