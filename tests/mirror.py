@@ -11,6 +11,7 @@ import dataclasses
 import json
 import signal
 import subprocess
+import threading
 import time
 import urllib.parse
 from collections import Counter
@@ -159,28 +160,27 @@ def open_warehouse(lake: Lake, timeout_s: float = 30.0) -> duckdb.DuckDBPyConnec
             return connection
 
 
-_looks: dict[Path, duckdb.DuckDBPyConnection] = {}
+_looks: dict[tuple[int, Path], duckdb.DuckDBPyConnection] = {}  # by thread
 
 
 @contextlib.contextmanager
 def one_look(lake: Lake) -> Iterator[None]:
-    """Within it `warehouse_rows` has one connection, and no consumer may write: opening the file takes its time."""
-    _looks[lake.warehouse] = open_warehouse(lake)
+    """Within it `warehouse_rows` has one connection, and no consumer can write: opening the file takes its time."""
+    this = (threading.get_ident(), lake.warehouse)
+    if this in _looks:
+        yield
+        return
+    _looks[this] = open_warehouse(lake)
     try:
         yield
     finally:
-        _looks.pop(lake.warehouse).close()
+        _looks.pop(this).close()
 
 
 def warehouse_rows(lake: Lake, query: str) -> list[tuple[Any, ...]]:
     """Run `query` in the warehouse."""
-    if lake.warehouse in _looks:
-        return _looks[lake.warehouse].execute(query).fetchall()
-    connection = open_warehouse(lake)
-    try:
-        return connection.execute(query).fetchall()
-    finally:
-        connection.close()
+    with one_look(lake):
+        return _looks[threading.get_ident(), lake.warehouse].execute(query).fetchall()
 
 
 def states(lake: Lake) -> dict[str, str]:
@@ -493,11 +493,12 @@ def _replay(
 
 def differences(database: Database, lake: Lake, table: str, key: Sequence[str] | None = None) -> str:
     """Return how Postgres, the warehouse and (with `key`) the replayed history differ; '' if they do not."""
-    source = source_rows(database, lake, table)
+    with one_look(lake):
+        source = source_rows(database, lake, table)
+        sides = {"warehouse": mirrored_rows(database, lake, table)}
+        if key is not None:
+            sides["history"] = replayed(database, lake, table, key)
     found = []
-    sides = {"warehouse": mirrored_rows(database, lake, table)}
-    if key is not None:
-        sides["history"] = replayed(database, lake, table, key)
     for side, rows in sides.items():
         missing, surplus = source - rows, rows - source
         if missing or surplus:

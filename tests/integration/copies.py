@@ -12,7 +12,7 @@ import duckdb
 import psycopg
 
 from tests.conftest import Database, Lake
-from tests.mirror import Consumer, differences, history_files, states, until, warehouse_rows
+from tests.mirror import Consumer, differences, history_files, one_look, states, until, warehouse_rows
 
 __all__ = [
     "SOME_BYTES",
@@ -107,7 +107,8 @@ def equal(database: Database, lake: Lake, tables: Mapping[str, Sequence[str] | N
     Args:
         tables: key by schema.name, empty where there is none; None: leave the history out.
     """
-    found = [differences(database, lake, table, key) for table, key in tables.items()]
+    with one_look(lake):
+        found = [differences(database, lake, table, key) for table, key in tables.items()]
     assert not any(found), "\n".join(filter(None, found))
     known = states(lake)
     assert {table: known[table] for table in tables} == dict.fromkeys(tables, "streaming")

@@ -8,7 +8,7 @@ from typing import Any
 import duckdb
 
 from tests.conftest import Database, Lake
-from tests.mirror import differences, mirror_once, warehouse_rows
+from tests.mirror import differences, mirror_once, one_look, warehouse_rows
 
 __all__ = ["agree", "copies", "log", "operations", "quarantine", "sync", "table_state", "transactions"]
 
@@ -32,7 +32,8 @@ def agree(database: Database, lake: Lake, tables: Mapping[str, Sequence[str] | N
     Args:
         tables: each one's key, empty where it has none; None: leave the history out, as across an added column.
     """
-    found = [differences(database, lake, table, key) for table, key in tables.items()]
+    with one_look(lake):
+        found = [differences(database, lake, table, key) for table, key in tables.items()]
     assert not any(found), "\n".join(filter(None, found))
     kept = {f"{schema}.{name}": state for schema, name, state in _states(lake)}
     assert {table: kept[table] for table in tables} == dict.fromkeys(tables, "streaming")

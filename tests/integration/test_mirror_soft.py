@@ -9,13 +9,25 @@ from tests.conftest import Database, Lake
 from tests.integration.copies import SOME_BYTES, await_states, settle
 from tests.integration.gate import Gate
 from tests.integration.steps import copies, log, quarantine, sync, table_state, transactions
-from tests.mirror import Consumer, differences, mirrored_rows, replayed, run_cdc, source_rows, until, warehouse_rows
+from tests.mirror import (
+    Consumer,
+    differences,
+    mirrored_rows,
+    one_look,
+    replayed,
+    run_cdc,
+    source_rows,
+    until,
+    warehouse_rows,
+)
 
 
 def living(database: Database, lake: Lake, *tables: str) -> None:
     """Assert that the rows without a time of deletion are those that Postgres has."""
-    for table in tables:
-        assert mirrored_rows(database, lake, table, "_deleted_at IS NULL") == source_rows(database, lake, table), table
+    with one_look(lake):
+        for table in tables:
+            here = mirrored_rows(database, lake, table, "_deleted_at IS NULL")
+            assert here == source_rows(database, lake, table), table
 
 
 def deleted(lake: Lake, table: str, columns: str = "id, v") -> list[tuple[Any, ...]]:

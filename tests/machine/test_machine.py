@@ -32,7 +32,7 @@ from cdc.failpoints import POINTS
 from tests.conftest import DRAWN, SOAK, Database, Lake, fresh_database
 from tests.machine import actions
 from tests.machine.sessions import Script, Session
-from tests.mirror import Consumer, mirror_once, mirrored_rows, replayed, source_rows, warehouse_rows
+from tests.mirror import Consumer, mirror_once, mirrored_rows, one_look, replayed, source_rows, warehouse_rows
 
 EXPECTED_ERRORS: tuple[str, ...] = ()
 """Parts of the reasons for which a table may be in state error."""
@@ -319,7 +319,8 @@ class Mirror(RuleBasedStateMachine):
             if all(name in known and known[name].state == "streaming" for name in tables):
                 break
         self.script.note("drain")
-        wrong = [difference for table in tables.values() if (difference := self._difference(table, known))]
+        with one_look(self.lake):
+            wrong = [difference for table in tables.values() if (difference := self._difference(table, known))]
         surplus = sorted(name for name in known.keys() - tables.keys() if known[name].state != "dropped")
         wrong += [f"{name} is {known[name].state}, but not in Postgres" for name in surplus]
         assert not wrong, "\n".join([*wrong, "the consumer's last words:", said])
