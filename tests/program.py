@@ -5,6 +5,7 @@ To load everything takes a second of processor time, and most tests run several 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -91,8 +92,9 @@ class _Forked:
         return status
 
     def send_signal(self, sig: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, sig)
+        with contextlib.suppress(ProcessLookupError):
+            if self.poll() is None:
+                os.kill(self.pid, sig)
 
 
 @functools.lru_cache

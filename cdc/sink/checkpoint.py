@@ -152,15 +152,15 @@ class Ledger:
         """Note DDL that was followed."""
         self._warehouse.execute(
             "INSERT INTO _cdc.schema_changes (schema_name, table_name, oid, lsn, seq, change, old_name, new_name, "
-            "default_value) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "default_value, attnum) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [table.schema, table.name, table.oid, *dataclasses.astuple(change)],
         )
 
-    def forget_defaults(self, table: Table, names: Collection[str]) -> None:
-        """Keep of the defaults of a table's columns only those of `names`."""
+    def hide_defaults(self, table: Table, attnums: Collection[int]) -> None:
+        """Columns of a table are masked or no longer published: what rows from before them had goes."""
         self._warehouse.execute(
-            "UPDATE _cdc.schema_changes SET default_value = NULL WHERE oid = ? AND NOT list_contains(?, new_name)",
-            [table.oid, list(names)],
+            "UPDATE _cdc.schema_changes SET default_value = NULL WHERE oid = ? AND list_contains(?, attnum)",
+            [table.oid, list(attnums)],
         )
 
     def append_buffer(self, oid: int, last_lsn: int, in_history: bool, rows: bytes) -> None:

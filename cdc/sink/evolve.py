@@ -108,7 +108,7 @@ class Evolution:
             TableError: DuckDB cannot have columns of these names.
         """
         if same(table.columns, relation):
-            return self._follow_key(table, set(relation.key))
+            return self._follow_key(table, set(relation.key), target, live)
         plan = schema.plan(target, table, relation, live or self._live(relation.oid), self._holding)
         if plan is None:
             raise Resync(f"the definition of {table} changed in a way that needs a new copy", table.oid)
@@ -118,11 +118,11 @@ class Evolution:
                 with self._warehouse.view("_value", pa.table({"value": [] if value is None else value})):
                     self._warehouse.execute(statement)
                 reach("during_ddl_apply")
-        names = {c.old_name: c.new_name for c in plan.changes if c.old_name is not None and c.new_name is not None}
-        left = {column.attnum for column in plan.columns}
-        quarantine.forget_columns(self._warehouse, table, [c.here for c in table.columns if c.attnum not in left])
-        quarantine.rename_columns(self._warehouse, table, names)
-        self._check_key(table, plan.columns)
+        before = {column.attnum: column.here for column in table.columns}
+        after = {column.attnum: column.here for column in plan.columns}
+        quarantine.forget_columns(self._warehouse, table, before.keys() - after.keys())
+        quarantine.rename_columns(self._warehouse, table, dict(after.items() - before.items()))
+        self._rekey(table, plan.columns, target, live)
         table = dataclasses.replace(table, columns=plan.columns, natts=plan.natts)
         if plan.rewritten and table.state == "streaming":
             table = dataclasses.replace(table, state="resyncing", reason="")
@@ -131,25 +131,34 @@ class Evolution:
             self._note(table, moment, change)
         return table
 
-    def _follow_key(self, table: Table, key: Collection[int]) -> Table:
+    def _follow_key(self, table: Table, key: Collection[int], target: str, live: LiveTable | None) -> Table:
         """Note by which of its columns (their indexes) a table's rows are told from here on."""
         if all(column.is_key == (index in key) for index, column in enumerate(table.columns)):
             return table
         columns = tuple(dataclasses.replace(column, is_key=i in key) for i, column in enumerate(table.columns))
-        self._check_key(table, columns)
+        self._rekey(table, columns, target, live)
         table = dataclasses.replace(table, columns=columns)
         self._ledger.put(table)
         return table
 
-    def _check_key(self, table: Table, columns: Sequence[StoredColumn]) -> None:
-        """Check that what is in quarantine can be found by the key that `columns` have.
+    def _rekey(self, table: Table, columns: Sequence[StoredColumn], target: str, live: LiveTable | None) -> None:
+        """See that what is in quarantine is found by the key that `columns` have, which `target` has already.
 
         Raises:
-            Resync: it goes by another one.
+            Resync: the old key is not there any more, or there was none; a copy will have the new one.
         """
-        known = all(column.is_key is not None for column in table.columns)
-        before, now = ({c.attnum for c in those if c.is_key} for those in (table.columns, columns))
-        if known and before != now and quarantine.has_current(self._warehouse, table):
+        before, now = ([column for column in those if column.is_key] for those in (table.columns, columns))
+        unknown = any(column.is_key is None for column in table.columns)
+        if unknown or before == now or not quarantine.has_current(self._warehouse, table):
+            return
+        there = {column.attnum: f"t.{quote(column.here)}" for column in columns}
+        if before and all(column.attnum in there for column in before):
+            labels = ([(column.here, there[column.attnum]) for column in key] for key in (before, now))
+            quarantine.rekey(self._warehouse, table, target, *labels)
+            return
+        live = live or self._live(table.oid)
+        # Else the catalog says otherwise, as of a partition's own key: a copy would have that, and begin again.
+        if live is not None and {c.attnum for c in live.columns if c.is_key} == {c.attnum for c in now}:
             raise Resync(f"{table} has another key, and some of its values are in the quarantine", table.oid)
 
     def rename(self, table: Table, names: tuple[str, str], target: str, moment: Moment) -> Table:
@@ -277,7 +286,9 @@ class Evolution:
         self.logged(table, moment.lsn)
 
     def _note(self, table: Table, moment: Moment, change: Change) -> None:
-        noted = SchemaChange(moment.lsn, moment.seq, change.text, change.old_name, change.new_name, change.default)
+        noted = SchemaChange(
+            moment.lsn, moment.seq, change.text, change.old_name, change.new_name, change.default, change.attnum
+        )
         self._ledger.record_change(table, noted)
         self._followed.append((table, change.text))
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import uuid
+from collections.abc import Sequence
 
 from cdc.errors import StateError
 from cdc.pgoutput.types import TEXT
@@ -23,7 +24,7 @@ from cdc.sink.warehouse import Warehouse
 
 __all__ = ["FORMAT", "create", "is_there", "upgrade"]
 
-FORMAT = 3
+FORMAT = 4
 """Version of the ``_cdc`` schema that this code writes."""
 
 _SCHEMA = """
@@ -39,14 +40,15 @@ CREATE TABLE _cdc.tables (
     alias VARCHAR NOT NULL, widened VARCHAR NOT NULL, last_change_ts TIMESTAMPTZ,
     requested BOOLEAN NOT NULL DEFAULT false);
 CREATE TABLE _cdc.quarantine (
-    schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, oid UINTEGER, column_name VARCHAR NOT NULL, key VARCHAR,
-    value VARCHAR NOT NULL, lsn UBIGINT NOT NULL, seq BIGINT NOT NULL, current BOOLEAN NOT NULL);
+    schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, oid UINTEGER, column_name VARCHAR NOT NULL,
+    attnum INTEGER, key VARCHAR, value VARCHAR NOT NULL, lsn UBIGINT NOT NULL, seq BIGINT NOT NULL,
+    current BOOLEAN NOT NULL);
 CREATE TABLE _cdc.files (
     path VARCHAR NOT NULL, schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, rows BIGINT NOT NULL,
     first_lsn UBIGINT NOT NULL, last_lsn UBIGINT NOT NULL);
 CREATE TABLE _cdc.schema_changes (
     schema_name VARCHAR NOT NULL, table_name VARCHAR NOT NULL, oid UINTEGER, lsn UBIGINT NOT NULL, seq BIGINT,
-    change VARCHAR NOT NULL, old_name VARCHAR, new_name VARCHAR, default_value VARCHAR,
+    change VARCHAR NOT NULL, old_name VARCHAR, new_name VARCHAR, default_value VARCHAR, attnum INTEGER,
     followed_at TIMESTAMPTZ NOT NULL DEFAULT now());
 CREATE TABLE _cdc.buffer (
     oid UINTEGER NOT NULL, ordinal BIGINT NOT NULL, last_lsn UBIGINT NOT NULL, in_history BOOLEAN NOT NULL,
@@ -78,9 +80,12 @@ _UPGRADES = {
         """UPDATE _cdc.tables SET state = 'resyncing', reason = 'an earlier version has written its quarantine'
         WHERE state IN ('streaming', 'resyncing') AND oid IN (SELECT oid FROM _cdc.quarantine WHERE current)""",
     ),
+    3: (
+        "ALTER TABLE _cdc.quarantine ADD COLUMN attnum INTEGER",
+        "ALTER TABLE _cdc.schema_changes ADD COLUMN attnum INTEGER",
+    ),
 }
 
-_FORMAT_WITH_FEW_TYPES = 2
 # What format 2 held as more than text: bool, bytea, numbers, text, json, date and time, uuid.
 _TYPES_OF_2 = {16, 17, 18, 19, 20, 21, 23, 25, 114, 700, 701, 1042, 1043, 1082, 1083, 1114, 1184, 1700, 2950, 3802}
 
@@ -118,18 +123,28 @@ def upgrade(warehouse: Warehouse) -> None:
     for old in range(found, FORMAT):
         for statement in _UPGRADES[old]:
             warehouse.execute(statement)
-        if old == _FORMAT_WITH_FEW_TYPES:
-            _hold_as_before(warehouse)
+        if old in _REWRITES:
+            for oid, columns in warehouse.execute("SELECT oid, columns FROM _cdc.tables"):
+                _REWRITES[old](warehouse, oid, [StoredColumn.read(column) for column in json.loads(columns)])
     warehouse.execute("UPDATE _cdc.meta SET format = ?", [FORMAT])
     warehouse.commit()
 
 
-def _hold_as_before(warehouse: Warehouse) -> None:
+def _hold_as_before(warehouse: Warehouse, oid: int, columns: Sequence[StoredColumn]) -> None:
     """Note which columns are text here, though today they would not be: a copy will make the difference."""
-    for oid, columns in warehouse.execute("SELECT oid, columns FROM _cdc.tables"):
-        held = [StoredColumn.read(column) for column in json.loads(columns)]
-        text = [dataclasses.replace(c, held_as=TEXT) if c.type_oid not in _TYPES_OF_2 else c for c in held]
-        warehouse.execute(
-            "UPDATE _cdc.tables SET columns = ? WHERE oid = ?",
-            [json.dumps(list(map(dataclasses.astuple, text))), oid],
-        )
+    text = [dataclasses.replace(c, held_as=TEXT) if c.type_oid not in _TYPES_OF_2 else c for c in columns]
+    warehouse.execute(
+        "UPDATE _cdc.tables SET columns = ? WHERE oid = ?", [json.dumps(list(map(dataclasses.astuple, text))), oid]
+    )
+
+
+def _number(warehouse: Warehouse, oid: int, columns: Sequence[StoredColumn]) -> None:
+    """Note the attnum of what is known by the name of its column."""
+    for column in columns:
+        for table, name in (("quarantine", "column_name"), ("schema_changes", "new_name")):
+            warehouse.execute(
+                f"UPDATE _cdc.{table} SET attnum = ? WHERE oid = ? AND {name} = ?", [column.attnum, oid, column.here]
+            )
+
+
+_REWRITES = {2: _hold_as_before, 3: _number}

@@ -27,21 +27,22 @@ __all__ = [
     "check_copy",
     "forget_columns",
     "forget_copy",
-    "forget_others",
     "forget_table",
     "has_current",
+    "hide_columns",
     "inherit",
     "keep",
     "keep_query",
     "key_sql",
     "key_texts",
     "record",
+    "rekey",
     "rename_columns",
     "rename_table",
     "take_copy",
 ]
 
-_KINDS = (pa.string(), pa.string(), pa.string(), pa.uint64(), pa.int64(), pa.bool_())
+_KINDS = (pa.string(), pa.string(), pa.uint64(), pa.int64(), pa.bool_())
 _OF_TABLE = "oid = ?"
 _N = "_cdc_n".ljust(70, "_")  # longer than any name in Postgres
 
@@ -60,7 +61,7 @@ def inherit(warehouse: Warehouse, table: Table, changes: TableChanges, traced: M
         if absent.any() and has_current(warehouse, table):
             keys = _key_texts(warehouse, changes)
             asked = {row: keys[at] for row, at in zip(sources.rows[absent], sources.keyed[absent], strict=True)}
-            stored = _current(warehouse, table, changes.relation.columns[index].name, set(asked.values()))
+            stored = _current(warehouse, table, table.columns[index], set(asked.values()))
             found |= {int(row): stored[key] for row, key in asked.items() if key in stored}
         if found:
             texts = dict(sorted((known | found).items()))
@@ -81,10 +82,9 @@ def record(warehouse: Warehouse, table: Table, changes: TableChanges, limit: int
     known = has_current(warehouse, table)
     if not changes.unfit and not known:
         return
-    columns = {column.here: column for column in table.columns}
     for unfit in changes.unfit:
         if unfit.column in changes.relation.key:
-            raise _key_misfit(table, columns[changes.relation.columns[unfit.column].name])
+            raise _key_misfit(table, table.columns[unfit.column])
     keys = _key_texts(warehouse, changes) if changes.relation.key else None
     if known and keys is not None:
         with warehouse.view("_touched", pa.table({"key": pa.array(sorted(set(keys)))})):
@@ -95,18 +95,17 @@ def record(warehouse: Warehouse, table: Table, changes: TableChanges, limit: int
             )
     newest = {text: row for row, text in enumerate(keys)} if keys is not None else {}
     for unfit in changes.unfit:
-        name = changes.relation.columns[unfit.column].name
-        rows = unfit.rows.tolist()
+        column, rows = table.columns[unfit.column], unfit.rows.tolist()
         # The row of a delete is what was; without a key every other row is there until one takes it.
         gone = (changes.op[unfit.rows] == DELETE).tolist()
         current = [not d and (keys is None or newest[keys[row]] == row) for row, d in zip(rows, gone, strict=True)]
         keyed = [keys[row] if keys is not None else None for row in rows]
         where = changes.lsn[unfit.rows].tolist(), changes.seq[unfit.rows].tolist()
-        keep(warehouse, table, list(zip([name] * len(rows), keyed, unfit.texts, *where, current, strict=True)))
+        keep(warehouse, table, column, list(zip(keyed, unfit.texts, *where, current, strict=True)))
         if keys is None:
             for text, count in Counter(text for text, d in zip(unfit.texts, gone, strict=True) if d).items():
-                _take(warehouse, table, name, text, count)
-        _check_limit(warehouse, table, columns[name], limit, "current")
+                _take(warehouse, table, column, text, count)
+        _check_limit(warehouse, table, column, limit, "current")
 
 
 def _key_misfit(table: Table, column: StoredColumn) -> TableError:
@@ -122,8 +121,8 @@ def _key_misfit(table: Table, column: StoredColumn) -> TableError:
 def _check_limit(warehouse: Warehouse, table: Table, column: StoredColumn, limit: int, which: str) -> None:
     if column.kind.duckdb == "VARCHAR":
         return  # no UTF-8: as text it does not fit any better
-    sql = f"SELECT count(*) FROM _cdc.quarantine WHERE {_OF_TABLE} AND column_name = ? AND {which}"
-    ((count,),) = warehouse.execute(sql, [table.oid, column.here])
+    sql = f"SELECT count(*) FROM _cdc.quarantine WHERE {_OF_TABLE} AND attnum = ? AND {which}"
+    ((count,),) = warehouse.execute(sql, [table.oid, column.attnum])
     if count > limit:
         raise _widen(table, column, f"it has more than {limit} values")
 
@@ -155,35 +154,38 @@ def check_copy(
         _check_limit(warehouse, table, column, limit, "lsn = 0")
 
 
-def keep(warehouse: Warehouse, table: Table, entries: Sequence[tuple[str, str | None, str, int, int, bool]]) -> None:
-    """Write `entries`: column, key, text, lsn, seq and current of each."""
+def keep(
+    warehouse: Warehouse, table: Table, column: StoredColumn, entries: Sequence[tuple[str | None, str, int, int, bool]]
+) -> None:
+    """Write `entries` of a column: key, text, lsn, seq and current of each."""
     if not entries:
         return
     arrays = [pa.array(values, kind) for values, kind in zip(zip(*entries, strict=True), _KINDS, strict=True)]
-    with warehouse.view("_entries", pa.table(arrays, names=["name", "key", "value", "lsn", "seq", "current"])):
-        warehouse.execute(
-            "INSERT INTO _cdc.quarantine (schema_name, table_name, oid, column_name, key, value, lsn, seq, current) "
-            "SELECT ?, ?, ?, name, key, value, lsn, seq, current FROM _entries",
-            [table.schema, table.name, table.oid],
-        )
+    with warehouse.view("_entries", pa.table(arrays, names=["key", "value", "lsn", "seq", "current"])):
+        _insert(warehouse, table, column, "SELECT key, value, lsn, seq, current FROM _entries")
 
 
-def keep_query(warehouse: Warehouse, table: Table, name: str, query: str, moment: tuple[int, int]) -> None:
-    """Write what `query` finds of column `name`: key and value of each deleted row; `moment`: LSN and seq."""
+def keep_query(warehouse: Warehouse, table: Table, column: StoredColumn, query: str, moment: tuple[int, int]) -> None:
+    """Write what `query` finds of a column: key and value of each deleted row; `moment`: LSN and seq."""
+    lsn, seq = moment
+    _insert(warehouse, table, column, f"SELECT key, value, {lsn}, {seq}, false FROM ({query}) AS found (key, value)")
+
+
+def _insert(warehouse: Warehouse, table: Table, column: StoredColumn, query: str) -> None:
+    names = "key, value, lsn, seq, current"
     warehouse.execute(
-        "INSERT INTO _cdc.quarantine (schema_name, table_name, oid, column_name, key, value, lsn, seq, current) "
-        f"SELECT ?, ?, ?, ?, found.key, found.value, ?, ?, false FROM ({query}) AS found (key, value)",
-        [table.schema, table.name, table.oid, name, *moment],
+        f"INSERT INTO _cdc.quarantine (schema_name, table_name, oid, column_name, attnum, {names}) "
+        f"SELECT ?, ?, ?, ?, ?, {names} FROM ({query}) AS entry ({names})",
+        [table.schema, table.name, table.oid, column.here, column.attnum],
     )
 
 
-def forget_columns(warehouse: Warehouse, table: Table, names: list[str]) -> None:
-    """The columns `names` are dropped: no row holds a value in them any more."""
-    for name in names:
-        warehouse.execute(
-            f"UPDATE _cdc.quarantine SET current = false WHERE {_OF_TABLE} AND column_name = ?",
-            [table.oid, name],
-        )
+def forget_columns(warehouse: Warehouse, table: Table, attnums: Collection[int]) -> None:
+    """Columns are dropped: no row holds a value in them any more."""
+    warehouse.execute(
+        f"UPDATE _cdc.quarantine SET current = false WHERE {_OF_TABLE} AND list_contains(?, attnum)",
+        [table.oid, list(attnums)],
+    )
 
 
 def forget_copy(warehouse: Warehouse, table: Table) -> None:
@@ -200,50 +202,38 @@ def take_copy(warehouse: Warehouse, table: Table, lsn: int) -> None:
     warehouse.execute(f"UPDATE _cdc.quarantine SET current = true, lsn = ? WHERE {_OF_TABLE} AND lsn = 0", [lsn, *here])
 
 
-def forget_others(warehouse: Warehouse, table: Table, names: Collection[str], key: Collection[str]) -> None:
-    """Keep of what rows held only what is of the columns `names`, and only keys of the columns `key`."""
+def hide_columns(warehouse: Warehouse, table: Table, attnums: Collection[int]) -> None:
+    """With a copy columns are masked or no longer published: what rows held of them goes, and keys that may have."""
+    before = f"{_OF_TABLE} AND lsn > 0"
     warehouse.execute(
-        f"DELETE FROM _cdc.quarantine WHERE {_OF_TABLE} AND lsn > 0 AND NOT list_contains(?, column_name)",
-        [table.oid, list(names)],
+        f"DELETE FROM _cdc.quarantine WHERE {before} AND coalesce(list_contains(?, attnum), true)",
+        [table.oid, list(attnums)],
     )
-    warehouse.execute(
-        f"UPDATE _cdc.quarantine SET key = NULL WHERE {_OF_TABLE} AND lsn > 0 AND NOT list_has_all(?, json_keys(key))",
-        [table.oid, list(key)],
-    )
+    warehouse.execute(f"UPDATE _cdc.quarantine SET key = NULL WHERE {before}", [table.oid])
 
 
-def rename_columns(warehouse: Warehouse, table: Table, names: Mapping[str, str]) -> None:
-    """Columns have other names now (by the old ones), those of the key in the rows' keys, too.
-
-    Only where it is about what came with the table's last copy or since: a copy that is being made has the new names.
-    """
-    if not names:
-        return
-    sql = f"SELECT DISTINCT column_name, key FROM _cdc.quarantine WHERE {_OF_TABLE} AND lsn >= ?"
-    found = warehouse.execute(sql, [table.oid, table.copy_lsn])
-    if not found:
-        return
-    renamed = [(name, key, names.get(name, name), key and _relabelled(key, names)) for name, key in found]
-    columns = [pa.array(values, pa.string()) for values in zip(*renamed, strict=True)]
-    with warehouse.view("_renamed", pa.table(columns, names=["name", "key", "new_name", "new_key"])):
+def rename_columns(warehouse: Warehouse, table: Table, names: Mapping[int, str]) -> None:
+    """Columns (by attnum) have other names now."""
+    for attnum, name in names.items():
         warehouse.execute(
-            "UPDATE _cdc.quarantine AS q SET column_name = r.new_name, key = r.new_key FROM _renamed AS r "
-            f"WHERE {_OF_TABLE} AND lsn >= ? AND q.column_name = r.name AND q.key IS NOT DISTINCT FROM r.key",
-            [table.oid, table.copy_lsn],
+            f"UPDATE _cdc.quarantine SET column_name = ? WHERE {_OF_TABLE} AND attnum = ?", [name, table.oid, attnum]
         )
 
 
-def _relabelled(key: str, names: Mapping[str, str]) -> str:
-    """Return `key` with other names; the values stay as they are written, for that is how they are found."""
-    read = json.JSONDecoder().raw_decode
-    parts, at = [], len("{")
-    while at < len(key) - 1:
-        name, at = read(key, at)
-        at += len(": ")
-        _, end = read(key, at)
-        parts.append(f"{json.dumps(names.get(name, name))}: {key[at:end]}")
-        at = end + len(", ")
-    return "{" + ", ".join(parts) + "}"
+def rekey(
+    warehouse: Warehouse, table: Table, target: str, before: Sequence[tuple[str, str]], now: Sequence[tuple[str, str]]
+) -> None:
+    """Rows are told by other columns now, or by other names of them: so is what they hold.
+
+    Args:
+        target: the warehouse's table, quoted.
+        before, now: see `key_sql`, with the table as t.
+    """
+    warehouse.execute(
+        f"UPDATE _cdc.quarantine AS q SET key = found.now FROM (SELECT {key_sql(before)} AS before, {key_sql(now)} AS "
+        f"now FROM {target} AS t) AS found WHERE {_OF_TABLE} AND q.current AND q.key = found.before",
+        [table.oid],
+    )
 
 
 def forget_table(warehouse: Warehouse, table: Table) -> None:
@@ -265,21 +255,21 @@ def has_current(warehouse: Warehouse, table: Table) -> bool:
     return bool(warehouse.execute(sql, [table.oid]))
 
 
-def _current(warehouse: Warehouse, table: Table, name: str, keys: set[str]) -> dict[str, str]:
-    """Return, by key, the texts that the rows with these keys hold in column `name`."""
+def _current(warehouse: Warehouse, table: Table, column: StoredColumn, keys: set[str]) -> dict[str, str]:
+    """Return, by key, the texts that the rows with these keys hold in a column."""
     with warehouse.view("_asked", pa.table({"key": pa.array(sorted(keys), pa.string())})):
         found = warehouse.execute(
-            f"SELECT key, value FROM _cdc.quarantine WHERE {_OF_TABLE} AND column_name = ? AND current "
+            f"SELECT key, value FROM _cdc.quarantine WHERE {_OF_TABLE} AND attnum = ? AND current "
             "AND key IN (SELECT key FROM _asked)",
-            [table.oid, name],
+            [table.oid, column.attnum],
         )
     return dict(found)
 
 
-def _take(warehouse: Warehouse, table: Table, name: str, text: str, count: int) -> None:
+def _take(warehouse: Warehouse, table: Table, column: StoredColumn, text: str, count: int) -> None:
     """Of the equal values of rows without a key, `count` are no longer held; which ones makes no difference."""
-    where = f"{_OF_TABLE} AND column_name = ? AND value = ? AND current"
-    which = [table.oid, name, text]
+    where = f"{_OF_TABLE} AND attnum = ? AND value = ? AND current"
+    which = [table.oid, column.attnum, text]
     warehouse.execute(
         f"UPDATE _cdc.quarantine SET current = false WHERE {where} AND (lsn, seq) IN "
         f"(SELECT (lsn, seq) FROM _cdc.quarantine WHERE {where} ORDER BY lsn, seq LIMIT {count})",

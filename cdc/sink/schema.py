@@ -32,12 +32,13 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Change:
-    """One phrase; the names of a column that was renamed, added (new) or dropped (old); its default, if it has one."""
+    """One phrase; names of a column that was renamed, added (new), dropped (old); an added one's default and attnum."""
 
     text: str
     old_name: str | None = None
     new_name: str | None = None
     default: str | None = None
+    attnum: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -186,7 +187,7 @@ class _Steps:
         name, kind = quote(column.here), column.kind
         self._alter(f"ADD COLUMN {name} {kind.duckdb}")
         known = f", which is {column.name} in Postgres" if column.alias else ""
-        self.changes.append(Change(f"column {column.here} added{known}", None, column.here, default))
+        self.changes.append(Change(f"column {column.here} added{known}", None, column.here, default, column.attnum))
         if default is not None:
             value, unfit = kind.parse(pa.array([default]))
             if unfit is not None:

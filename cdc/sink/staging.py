@@ -153,8 +153,8 @@ class Staging:
                 keys = quarantine.key_texts(self._warehouse, of_rows, kinds)
             # LSN 0: not known to be in the table until the swap
             found = zip(rows, keys, unfit.texts, strict=True)
-            entries = [(column.here, key, text, 0, chunk.first_seq + row, False) for row, key, text in found]
-            quarantine.keep(self._warehouse, table, entries)
+            entries = [(key, text, 0, chunk.first_seq + row, False) for row, key, text in found]
+            quarantine.keep(self._warehouse, table, column, entries)
         brought = [copied.columns[unfit.column] for unfit in chunk.unfit]
         quarantine.check_copy(self._warehouse, table, brought, copied.key, self._limit)
 
@@ -182,7 +182,7 @@ class Staging:
             deletes=self._deletes,
         )
         staging = self._table(copied.oid)
-        self._forget_hidden(old, copied)
+        self._hide(old, copied)
         quarantine.take_copy(self._warehouse, old, copied.lsn)
         if (old.schema, old.name) != (new.schema, new.name):
             quarantine.rename_table(self._warehouse, old, (new.schema, new.name))
@@ -209,15 +209,13 @@ class Staging:
         self._warehouse.execute(f"ALTER TABLE {staging} RENAME TO {quote(new.here[1])}")
         self._evolution.show(new, of=str(old))
 
-    def _forget_hidden(self, old: Table, copied: CopiedTable) -> None:
-        """What was kept of columns that are masked or not published by now goes, values in keys among it."""
-        hidden = copied.hidden | {column.attnum for column in copied.columns if column.mask}
-        if not hidden:
-            return
-        shown = {column.here for column in copied.columns if not column.mask}
-        shown -= {column.here for column in old.columns if column.attnum in hidden}
-        quarantine.forget_others(self._warehouse, old, shown, copied.key)
-        self._ledger.forget_defaults(old, shown)
+    def _hide(self, old: Table, copied: CopiedTable) -> None:
+        """What was kept of columns that are masked or not published from now on goes."""
+        shown = {column.attnum for column in old.columns if not column.mask}
+        hidden = shown & (copied.hidden | {column.attnum for column in copied.columns if column.mask})
+        if hidden:
+            quarantine.hide_columns(self._warehouse, old, hidden)
+            self._ledger.hide_defaults(old, hidden)
 
     def forget(self) -> None:
         """After a start: no copy is under way, so what a crash left of one is of no use."""

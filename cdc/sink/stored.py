@@ -146,6 +146,7 @@ class SchemaChange:
         text: what changed.
         old_name, new_name: of a column that was renamed; of one that was added or dropped one of them; else None.
         default_value: what rows from before have in a column that was added, as Postgres prints it; None: NULL.
+        attnum: of a column that was added.
     """
 
     lsn: int
@@ -154,3 +155,4 @@ class SchemaChange:
     old_name: str | None = None
     new_name: str | None = None
     default_value: str | None = None
+    attnum: int | None = None

@@ -185,19 +185,17 @@ def _put(
         matched = " AND ".join(f"s.{quote(name)} = {value}" for name, value in keys)
         there = " AND ".join(f"{value} IS NOT NULL" for _, value in keys)
         found += f" WHERE {there} AND NOT EXISTS (SELECT 1 FROM {staging} AS s WHERE {matched})"
-    else:
-        found += " WHERE true"
+    else:  # what a commit has deleted since the copy's snapshot is there already
+        since = f"SELECT {quote(DELETED_AT)} FROM {staging} WHERE {quote(DELETED_AT)} IS NOT NULL"
+        found += f" WHERE g.deleted_at NOT IN ({since})"
     for each in carried:
         if not each.is_same:
             text, value = f"g.text_{each.new.attnum}", values[each.new.attnum]
             misfits = (
                 f"SELECT {quarantine.key_sql(keys)}, {text} FROM {found} AND {text} IS NOT NULL AND {value} IS NULL"
             )
-            quarantine.keep_query(warehouse, new, each.new.here, misfits, moment)
-    if keys:  # of rows whose keys are equal by now, the first: a row is found by its key
-        one = f"QUALIFY row_number() OVER (PARTITION BY {', '.join(value for _, value in keys)} ORDER BY g.n) = 1"
-        rows = f"SELECT {picks} FROM {found} {one}"
-    else:  # those that were deleted since are there already
-        since = f"SELECT {names} FROM {staging} WHERE {quote(DELETED_AT)} IS NOT NULL"
-        rows = f"SELECT {picks} FROM {found} EXCEPT ALL {since}"
-    warehouse.execute(f"INSERT INTO {staging} ({names}) {rows}")
+            quarantine.keep_query(warehouse, new, each.new, misfits, moment)
+    # Of rows whose keys are equal by now, the first: a row is found by its key.
+    partition = ", ".join(value for _, value in keys)
+    one = f"QUALIFY row_number() OVER (PARTITION BY {partition} ORDER BY g.n) = 1" if keys else ""
+    warehouse.execute(f"INSERT INTO {staging} ({names}) SELECT {picks} FROM {found} {one}")

@@ -8,7 +8,7 @@ from tests.conftest import Database, Lake
 from tests.integration.copies import await_states, equal, settle
 from tests.integration.refusals import call, refused
 from tests.integration.steps import agree, copies, log, operations, sync, table_state, transactions
-from tests.mirror import Consumer, mirrored_rows, replayed, source_rows, states, warehouse_rows
+from tests.mirror import Consumer, mirrored_rows, replayed, run_cdc, source_rows, states, until, warehouse_rows
 
 only_18 = pytest.mark.parametrize("server", [18], indirect=True, ids=["pg18"])
 
@@ -265,6 +265,42 @@ def test_leaves_with_another_identity_than_the_root(database: Database, lake: La
     sync(database, ours, slot="ours")
     found = call(ours, database.dsn, "check", slot="ours").stdout
     assert "public.root has no usable replica identity: only its inserts and truncates are followed" in found
+
+
+@only_18
+@pytest.mark.parametrize(
+    ("key", "statements"),
+    [
+        ("", ["ALTER TABLE ONLY root ADD PRIMARY KEY (id); ALTER TABLE leaf ADD CONSTRAINT own PRIMARY KEY (id)"]),
+        ("PRIMARY KEY", ["ALTER TABLE leaf REPLICA IDENTITY FULL", "ALTER TABLE root REPLICA IDENTITY FULL"]),
+    ],
+    ids=["a root whose index is not valid yet", "the leaf before its root"],
+)
+def test_a_key_that_catalog_and_stream_do_not_agree_on(
+    database: Database, lake: Lake, key: str, statements: list[str]
+) -> None:
+    """C11, G5: what is in the quarantine goes by the key, yet a copy would not make them agree."""
+    database.execute(
+        f"CREATE TABLE root (id int NOT NULL {key}, n numeric(5,2)) PARTITION BY RANGE (id);"
+        "CREATE TABLE leaf PARTITION OF root FOR VALUES FROM (0) TO (1000); INSERT INTO root VALUES (1, 'NaN')"
+    )
+    with Consumer(lake, database.dsn) as consumer:
+        await_states(consumer, lake, "streaming", "public.root")
+        for number, statement in enumerate(statements, start=10):
+            transactions(database, statement, f"INSERT INTO root VALUES ({number}, 1)")
+            settle(consumer, database, lake)
+        assert run_cdc(lake, database.dsn, "resync", "--all").returncode == 0
+        first = copies(lake)
+        until(lambda: copies(lake) != first, what="the copy that was asked for")
+        seen = set()
+        for number in range(20, 25):
+            database.execute(f"INSERT INTO root VALUES ({number}, 2)")
+            settle(consumer, database, lake)
+            await_states(consumer, lake, "streaming", "public.root")
+            seen.add(copies(lake)["public.root"])
+        assert len(seen) == 1, consumer.output
+    rows = "SELECT id, nullif(n, 'NaN') FROM root ORDER BY id"
+    assert warehouse_rows(lake, "SELECT id, n FROM public.root ORDER BY id") == database.execute(rows)
 
 
 @only_18

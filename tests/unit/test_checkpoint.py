@@ -213,10 +213,11 @@ def test_an_older_format_is_upgraded(warehouse: Warehouse, ledger: Ledger) -> No
         "ALTER TABLE _cdc.tables DROP alias",
         "ALTER TABLE _cdc.tables DROP widened",
         "ALTER TABLE _cdc.quarantine DROP oid",
-        "INSERT INTO _cdc.quarantine VALUES ('public', 'o''rders', 'n', '{\"id\": \"1\"}', 'NaN', 1, 1, true)",
+        "ALTER TABLE _cdc.quarantine DROP attnum",
+        "INSERT INTO _cdc.quarantine VALUES ('public', 'o''rders', 'id', '{\"id\": \"1\"}', 'NaN', 1, 1, true)",
         *(
             f"ALTER TABLE _cdc.schema_changes DROP {name}"
-            for name in ("oid", "seq", "old_name", "new_name", "default_value")
+            for name in ("oid", "seq", "old_name", "new_name", "default_value", "attnum")
         ),
         "UPDATE _cdc.meta SET format = 1",
     ):
@@ -236,7 +237,7 @@ def test_an_older_format_is_upgraded(warehouse: Warehouse, ledger: Ledger) -> No
             reason="an earlier version has written its quarantine",
         )
     }
-    assert warehouse.execute("SELECT oid, value FROM _cdc.quarantine") == [(TABLE.oid, "NaN")]
+    assert warehouse.execute("SELECT oid, attnum, value FROM _cdc.quarantine") == [(TABLE.oid, 1, "NaN")]
     assert warehouse.execute("SELECT format FROM _cdc.meta") == [(FORMAT,)]
     again.put(TABLE)
     again.record_change(TABLE, SchemaChange(7, 2, "column a renamed to b", "a", "b"))

@@ -22,7 +22,8 @@ from cdc.sink.stored import StoredColumn, Table
 INT, BIGINT, TEXT, NUMERIC, DATE = 23, 20, 25, 1700, 1082
 TEN_TWO = (10 << 16 | 2) + 4
 NODE = "16384:16384:0"
-ID, V = StoredColumn("id", INT, -1, 1), StoredColumn("v", TEXT, -1, 2)
+ID = StoredColumn("id", INT, -1, 1, is_key=True)
+V = StoredColumn("v", TEXT, -1, 2, is_key=False)
 TARGET = '"w"."public"."t"'
 HOLDING = Holding({}, {}, lambda _oid: None, logged=True, limit=10)
 
@@ -78,7 +79,8 @@ def test_same() -> None:
 
 def test_added_and_dropped() -> None:
     """H1: ALTERs, with the default that the rows from before have, exactly as Postgres stores it."""
-    added = StoredColumn("n", NUMERIC, TEN_TWO, 3), StoredColumn('we"ird', TEXT, -1, 4), StoredColumn("d", DATE, -1, 5)
+    described = ("n", NUMERIC, TEN_TWO, 3), ('we"ird', TEXT, -1, 4), ("d", DATE, -1, 5)
+    added = tuple(StoredColumn(*each, is_key=False) for each in described)
     now = live(ID, *added, defaults={"n": "1.50", 'we"ird': "it's"})
     found = plan((ID, V), now, ID, *added)
     assert found is not None
@@ -240,7 +242,7 @@ def test_added_with_a_default_of_any_type() -> None:
 
 def test_names_that_are_one_to_duckdb() -> None:
     """B2, H11: a column whose name differs in nothing but case gets its attnum behind it, and its own name back."""
-    upper = StoredColumn("V", TEXT, -1, 3, alias="V_3")
+    upper = StoredColumn("V", TEXT, -1, 3, alias="V_3", is_key=False)
     found = plan((ID, V), live(ID, V, upper), ID, V, upper)
     assert found is not None
     assert found.columns == (ID, V, upper)

@@ -139,7 +139,15 @@ def test_who_is_absent(warehouse: Warehouse, told: bool, change: dict[str, Any])
 def test_rows_without_a_key(warehouse: Warehouse) -> None:
     """C7: what was deleted since the copy's snapshot is in the copy as deleted already, so often and no more."""
     column = StoredColumn("v", TEXT, -1, 1, is_key=False)
-    old = [f"'a', {THEN}", f"'a', {SINCE}", f"'a', {SINCE}", f"'b', {SINCE}", "'c', NULL"]
+    old = [f"'a', {THEN}", f"'a', {SINCE}", f"'b', {SINCE}", "'c', NULL"]
     copied = [f"'a', {SINCE}", f"'b', {SINCE}", "'c', NULL", "'d', NULL"]
     found = carry(warehouse, table(column), old, table(column), copied)
-    assert found == [("a", False), ("a", False), ("a", True), ("b", False), ("c", None), ("d", None)]
+    assert found == [("a", False), ("a", True), ("b", False), ("c", None), ("d", None)]
+
+
+def test_rows_without_a_key_that_are_held_otherwise(warehouse: Warehouse) -> None:
+    """C7: what is there already is neither there twice nor in the quarantine, whatever its value has become."""
+    old, new = (table(StoredColumn("v", oid, -1, 1, is_key=False)) for oid in (DOUBLE, TEXT))
+    found = carry(warehouse, old, [f"1.5, {SINCE}", f"2.5, {THEN}"], new, [f"'1.50', {SINCE}"])
+    assert found == [("1.50", False), (None, True)]
+    assert quarantined(warehouse) == [("v", None, "2.5", False)]
