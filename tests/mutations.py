@@ -256,8 +256,8 @@ MUTATIONS = (
     Mutation(
         "keeps what did not fit of a column that is hidden by now",
         "sink/staging.py",
-        "        if hidden:\n",
-        "        if not hidden:\n",
+        "shown & (copied.hidden | masked)",
+        "shown & masked",
         ("tests/integration/test_exclude.py::test_what_did_not_fit_goes_too",),
     ),
     Mutation(

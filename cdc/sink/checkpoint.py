@@ -159,7 +159,8 @@ class Ledger:
     def hide_defaults(self, table: Table, attnums: Collection[int]) -> None:
         """Columns of a table are masked or no longer published: what rows from before them had goes."""
         self._warehouse.execute(
-            "UPDATE _cdc.schema_changes SET default_value = NULL WHERE oid = ? AND list_contains(?, attnum)",
+            "UPDATE _cdc.schema_changes SET default_value = NULL WHERE oid = ? "
+            "AND coalesce(list_contains(?, attnum), true)",
             [table.oid, list(attnums)],
         )
 

@@ -109,8 +109,9 @@ class Evolution:
         """
         if same(table.columns, relation):
             return self._follow_key(table, set(relation.key), target, live)
-        plan = schema.plan(target, table, relation, live or self._live(relation.oid), self._holding)
-        if plan is None:
+        live = live or self._live(relation.oid)
+        plan = schema.plan(target, table, relation, live, self._holding)
+        if plan is None or live is None:
             raise Resync(f"the definition of {table} changed in a way that needs a new copy", table.oid)
         schema.refuse(table, plan.columns)
         with of_table(table):
@@ -121,8 +122,9 @@ class Evolution:
         before = {column.attnum: column.here for column in table.columns}
         after = {column.attnum: column.here for column in plan.columns}
         quarantine.forget_columns(self._warehouse, table, before.keys() - after.keys())
-        quarantine.rename_columns(self._warehouse, table, dict(after.items() - before.items()))
+        quarantine.rename_columns(self._warehouse, table, after)
         self._rekey(table, plan.columns, target, live)
+        self.hide(table, live.hidden & before.keys() - after.keys())
         table = dataclasses.replace(table, columns=plan.columns, natts=plan.natts)
         if plan.rewritten and table.state == "streaming":
             table = dataclasses.replace(table, state="resyncing", reason="")
@@ -144,22 +146,33 @@ class Evolution:
     def _rekey(self, table: Table, columns: Sequence[StoredColumn], target: str, live: LiveTable | None) -> None:
         """See that what is in quarantine is found by the key that `columns` have, which `target` has already.
 
+        What is of a table whose key an earlier version has not noted stays as it is.
+
         Raises:
-            Resync: the old key is not there any more, or there was none; a copy will have the new one.
+            Resync: the old key does not lead to the new one; a copy will have that.
         """
         before, now = ([column for column in those if column.is_key] for those in (table.columns, columns))
         unknown = any(column.is_key is None for column in table.columns)
         if unknown or before == now or not quarantine.has_current(self._warehouse, table):
             return
         there = {column.attnum: f"t.{quote(column.here)}" for column in columns}
+        labels = [(column.here, there[column.attnum]) for column in now]
         if before and all(column.attnum in there for column in before):
-            labels = ([(column.here, there[column.attnum]) for column in key] for key in (before, now))
-            quarantine.rekey(self._warehouse, table, target, *labels)
+            old = [(column.here, there[column.attnum]) for column in before]
+            quarantine.rekey(self._warehouse, table, target, old, labels)
+        if not quarantine.is_lost(self._warehouse, table, target, labels):
             return
         live = live or self._live(table.oid)
-        # Else the catalog says otherwise, as of a partition's own key: a copy would have that, and begin again.
+        # Else the catalog is ahead, and another key will come; or it says otherwise for good, as of a partitioned
+        # table whose index is not valid yet: then a copy would have that, and begin again and again.
         if live is not None and {c.attnum for c in live.columns if c.is_key} == {c.attnum for c in now}:
             raise Resync(f"{table} has another key, and some of its values are in the quarantine", table.oid)
+
+    def hide(self, table: Table, attnums: Collection[int]) -> None:
+        """What was kept of columns that are masked or not published from now on goes."""
+        if attnums:
+            quarantine.hide_columns(self._warehouse, table, attnums)
+            self._ledger.hide_defaults(table, attnums)
 
     def rename(self, table: Table, names: tuple[str, str], target: str, moment: Moment) -> Table:
         """Give a mirrored table its new schema and name, here and in the history; return it as it is then.

@@ -81,6 +81,7 @@ _UPGRADES = {
         WHERE state IN ('streaming', 'resyncing') AND oid IN (SELECT oid FROM _cdc.quarantine WHERE current)""",
     ),
     3: (
+        "ALTER TABLE _cdc.quarantine ADD COLUMN IF NOT EXISTS oid UINTEGER",
         "ALTER TABLE _cdc.quarantine ADD COLUMN attnum INTEGER",
         "ALTER TABLE _cdc.schema_changes ADD COLUMN attnum INTEGER",
     ),
@@ -139,12 +140,12 @@ def _hold_as_before(warehouse: Warehouse, oid: int, columns: Sequence[StoredColu
 
 
 def _number(warehouse: Warehouse, oid: int, columns: Sequence[StoredColumn]) -> None:
-    """Note the attnum of what is known by the name of its column."""
+    """Note the attnum of what rows hold, by the name of its column; what was before may have had other names."""
     for column in columns:
-        for table, name in (("quarantine", "column_name"), ("schema_changes", "new_name")):
-            warehouse.execute(
-                f"UPDATE _cdc.{table} SET attnum = ? WHERE oid = ? AND {name} = ?", [column.attnum, oid, column.here]
-            )
+        warehouse.execute(
+            "UPDATE _cdc.quarantine SET attnum = ? WHERE oid = ? AND column_name = ? AND current",
+            [column.attnum, oid, column.here],
+        )
 
 
 _REWRITES = {2: _hold_as_before, 3: _number}

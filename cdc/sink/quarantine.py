@@ -19,6 +19,7 @@ import pyarrow as pa
 from cdc.errors import TableError, Widen
 from cdc.pgoutput.changes import TableChanges, Unfit
 from cdc.pgoutput.types import ColumnType
+from cdc.sink.holding import DELETED_AT
 from cdc.sink.rows import DELETE, Sources
 from cdc.sink.stored import StoredColumn, Table
 from cdc.sink.warehouse import Warehouse, quote
@@ -31,6 +32,7 @@ __all__ = [
     "has_current",
     "hide_columns",
     "inherit",
+    "is_lost",
     "keep",
     "keep_query",
     "key_sql",
@@ -203,20 +205,24 @@ def take_copy(warehouse: Warehouse, table: Table, lsn: int) -> None:
 
 
 def hide_columns(warehouse: Warehouse, table: Table, attnums: Collection[int]) -> None:
-    """With a copy columns are masked or no longer published: what rows held of them goes, and keys that may have."""
-    before = f"{_OF_TABLE} AND lsn > 0"
+    """Columns are masked or not published from now on: what rows held of them goes, and all keys from before."""
     warehouse.execute(
-        f"DELETE FROM _cdc.quarantine WHERE {before} AND coalesce(list_contains(?, attnum), true)",
+        f"DELETE FROM _cdc.quarantine WHERE {_OF_TABLE} AND lsn > 0 AND coalesce(list_contains(?, attnum), true)",
         [table.oid, list(attnums)],
     )
-    warehouse.execute(f"UPDATE _cdc.quarantine SET key = NULL WHERE {before}", [table.oid])
+    warehouse.execute(
+        f"UPDATE _cdc.quarantine SET key = NULL WHERE {_OF_TABLE} AND lsn > 0 AND NOT current", [table.oid]
+    )
 
 
 def rename_columns(warehouse: Warehouse, table: Table, names: Mapping[int, str]) -> None:
-    """Columns (by attnum) have other names now."""
-    for attnum, name in names.items():
+    """Columns (by attnum) have other names now; what a copy under way has brought has its own."""
+    renamed = pa.table({"attnum": pa.array(names.keys(), pa.int32()), "name": pa.array(names.values(), pa.string())})
+    with warehouse.view("_renamed", renamed):
         warehouse.execute(
-            f"UPDATE _cdc.quarantine SET column_name = ? WHERE {_OF_TABLE} AND attnum = ?", [name, table.oid, attnum]
+            "UPDATE _cdc.quarantine AS q SET column_name = r.name FROM _renamed AS r "
+            f"WHERE {_OF_TABLE} AND q.lsn > 0 AND q.attnum = r.attnum AND q.column_name <> r.name",
+            [table.oid],
         )
 
 
@@ -229,11 +235,24 @@ def rekey(
         target: the warehouse's table, quoted.
         before, now: see `key_sql`, with the table as t.
     """
+    labels = f"SELECT {key_sql(before)} AS before, {key_sql(now)} AS now FROM {_living(table, target)}"
     warehouse.execute(
-        f"UPDATE _cdc.quarantine AS q SET key = found.now FROM (SELECT {key_sql(before)} AS before, {key_sql(now)} AS "
-        f"now FROM {target} AS t) AS found WHERE {_OF_TABLE} AND q.current AND q.key = found.before",
+        f"UPDATE _cdc.quarantine AS q SET key = found.now FROM ({labels}) AS found "
+        f"WHERE {_OF_TABLE} AND q.current AND q.key = found.before",
         [table.oid],
     )
+
+
+def is_lost(warehouse: Warehouse, table: Table, target: str, now: Sequence[tuple[str, str]]) -> bool:
+    """Whether there is a current value whose row cannot be told by its key; see `rekey`."""
+    labels = f"SELECT coalesce({key_sql(now)}, '') FROM {_living(table, target)}"
+    lost = f"(key IS NULL OR key NOT IN ({labels}))" if now else "key IS NOT NULL"
+    sql = f"SELECT 1 FROM _cdc.quarantine WHERE {_OF_TABLE} AND current AND {lost} LIMIT 1"
+    return bool(warehouse.execute(sql, [table.oid]))
+
+
+def _living(table: Table, target: str) -> str:
+    return f"{target} AS t" + (f" WHERE t.{quote(DELETED_AT)} IS NULL" if table.deletes == "soft" else "")
 
 
 def forget_table(warehouse: Warehouse, table: Table) -> None:

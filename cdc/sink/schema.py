@@ -127,6 +127,8 @@ def plan(  # noqa: PLR0911 -- each is one reason for a new copy
     gone = {(before[n].name, before[n].type_oid, before[n].typmod) for n in dropped}
     if gone & {(after[n].name, after[n].type_oid, after[n].typmod) for n in added}:
         return None  # rows may have come for either of the two: to the stream they look the same
+    if any(before[n].mask != after[n].mask for n in before.keys() & after.keys()):
+        return None  # columns have swapped their names, say, and a mask goes by the name
     moved = rewritten(table.storage, live.storage)
     if moved and any(n not in live.defaults for n in added):
         return None  # by the new column perhaps: a volatile default, of which each row has its own value

@@ -182,8 +182,11 @@ class Staging:
             deletes=self._deletes,
         )
         staging = self._table(copied.oid)
-        self._hide(old, copied)
+        quarantine.rename_columns(self._warehouse, old, {column.attnum: column.here for column in copied.columns})
         quarantine.take_copy(self._warehouse, old, copied.lsn)
+        masked = {column.attnum for column in copied.columns if column.mask}
+        shown = {column.attnum for column in old.columns if not column.mask}
+        self._evolution.hide(old, shown & (copied.hidden | masked))
         if (old.schema, old.name) != (new.schema, new.name):
             quarantine.rename_table(self._warehouse, old, (new.schema, new.name))
         if self._history.root:
@@ -208,14 +211,6 @@ class Staging:
         self._evolution.make_room(new)
         self._warehouse.execute(f"ALTER TABLE {staging} RENAME TO {quote(new.here[1])}")
         self._evolution.show(new, of=str(old))
-
-    def _hide(self, old: Table, copied: CopiedTable) -> None:
-        """What was kept of columns that are masked or not published from now on goes."""
-        shown = {column.attnum for column in old.columns if not column.mask}
-        hidden = shown & (copied.hidden | {column.attnum for column in copied.columns if column.mask})
-        if hidden:
-            quarantine.hide_columns(self._warehouse, old, hidden)
-            self._ledger.hide_defaults(old, hidden)
 
     def forget(self) -> None:
         """After a start: no copy is under way, so what a crash left of one is of no use."""

@@ -105,6 +105,22 @@ def test_what_did_not_fit_goes_too(database: Database, lake: Lake) -> None:
     assert found == [("n", "NaN")]
 
 
+def test_what_somebody_else_publishes_no_longer(database: Database, lake: Lake) -> None:
+    """G2: the stream tells of it before the catalog is looked at; the quarantine keeps nothing of that column."""
+    database.execute(
+        "CREATE TABLE t (id int PRIMARY KEY, iban text[], n numeric(5,2)); CREATE PUBLICATION cdc FOR TABLE t;"
+        "INSERT INTO t VALUES (1, '{{secret}}', 'NaN')"
+    )
+    with Consumer(lake, database.dsn, poll_interval="1h") as consumer:
+        await_states(consumer, lake, "streaming", "public.t")
+        database.execute("ALTER PUBLICATION cdc SET TABLE t (id, n); INSERT INTO t VALUES (2, '{{secret}}', 'NaN')")
+        settle(consumer, database, lake)
+        assert columns(lake, "t") == ["id", "n"]
+        found = warehouse_rows(lake, "SELECT column_name, key, value, current FROM _cdc.quarantine ORDER BY key")
+        assert found == [("n", f'{{"id": "{number}"}}', "NaN", True) for number in (1, 2)]
+        assert consumer.stop() == 0
+
+
 def test_what_cannot_be_excluded(database: Database, lake: Lake) -> None:
     """Exit status 2, and nothing is made; `check` tells it too."""
     database.execute(TABLES + "; CREATE TABLE whole (id int, v text); ALTER TABLE whole REPLICA IDENTITY FULL;")

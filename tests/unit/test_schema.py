@@ -89,6 +89,14 @@ def test_added_and_dropped() -> None:
     assert run(found.statements) == [(1, decimal.Decimal("1.50"), "it's", None)]
 
 
+def test_masks_that_change_hands() -> None:
+    """B1: what a mask names is another column now: neither has what the other one had."""
+    masked = dataclasses.replace(V, name="w", attnum=3, mask="hash")
+    swapped = dataclasses.replace(V, name="w", mask="hash"), dataclasses.replace(masked, name="v", mask="")
+    assert plan((ID, V, masked), live(ID, *swapped), ID, *swapped) is None
+    assert plan((ID, V, masked), live(ID, V, masked), ID, V, masked) is not None
+
+
 def test_a_name_used_again() -> None:
     """H6: what has another attnum is another column, though it has the name and even the type."""
     again = dataclasses.replace(V, attnum=3, type_oid=INT)
