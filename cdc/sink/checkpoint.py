@@ -13,7 +13,7 @@ from typing import Any
 
 from cdc.errors import SinkError, StateError
 from cdc.lsn import format_lsn
-from cdc.sink import format as layout
+from cdc.sink import layout
 from cdc.sink.history import HistoryFile
 from cdc.sink.stored import Checkpoint, SchemaChange, StoredColumn, Table
 from cdc.sink.warehouse import Warehouse

@@ -10,8 +10,8 @@ import pytest
 from cdc.errors import SinkError, StateError
 from cdc.pgoutput.types import Basis
 from cdc.sink.checkpoint import Ledger
-from cdc.sink.format import FORMAT
 from cdc.sink.history import HistoryFile
+from cdc.sink.layout import FORMAT
 from cdc.sink.stored import Checkpoint, SchemaChange, StoredColumn, Table
 from cdc.sink.warehouse import Warehouse
 from tests.unit.conftest import INTENT
