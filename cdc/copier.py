@@ -112,6 +112,7 @@ class Copy:
         self._files: list[HistoryFile] = []
         self._copied: CopiedTable
         self._masks = settings.masks
+        self._chosen: dict[int, Mask] = {}
 
     def start(self) -> None:
         """Begin; the table's changes are being kept already."""
@@ -168,13 +169,14 @@ class Copy:
         return Copied(self._copied, self._rows, tuple(self._files))
 
     def _begin(self, snapshot: Snapshot) -> None:
+        self._chosen = self._masked(snapshot)
         self._copied = self._described(snapshot)
         self._put(CopyBegun(self._copied, snapshot.estimate_bytes))
 
     def _chunk(self, snapshot: Snapshot, data: bytes, count: int) -> None:
         """Decode some rows, write them for the history, and put them. Runs in the workers' threads."""
         columns = [Column(column.here, *column.basis, is_key=False) for column in self._copied.columns]
-        arrays, unfit = decode_copy(data, columns, self._masked(snapshot))
+        arrays, unfit = decode_copy(data, columns, self._chosen)
         with self._lock:
             seq = np.arange(COPY_SEQ + 1 + self._rows, COPY_SEQ + 1 + self._rows + count)
             self._rows += count
@@ -212,7 +214,6 @@ class Copy:
 
     def _described(self, snapshot: Snapshot) -> CopiedTable:
         """Return what is copied, as the warehouse has it."""
-        self._masked(snapshot)  # refuses what cannot be masked
         definition, known = snapshot.definition, (self._name, str(snapshot.published))
         live = live_table(definition, snapshot.published.columns, self._masks, known[1:])
         soft = self._settings.deletes == "soft"
