@@ -27,15 +27,20 @@ from cdc.installation import installations
 REQUIRED_MAJOR = 18
 TESTED_MAJORS = (REQUIRED_MAJOR, *(major for major in (15,) if major in installations()))
 
-SOAK = bool(os.environ.get("SOAK"))
-
-# The same examples at each push, others at every `make soak`, where a blob replays a failure. A shared machine pauses
-# now and then: the limit on each test is pytest-timeout's.
-settings.register_profile("default", derandomize=not SOAK, database=None, deadline=None, print_blob=SOAK)
+# a shared machine pauses now and then: the limit on each test is pytest-timeout's; the blob replays a failure
+settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
 
-DRAWN = settings(suppress_health_check=list(HealthCheck), report_multiple_bugs=False)
-"""Of tests that draw what servers and consumers do."""
+SOAK = bool(os.environ.get("SOAK"))
+DRAWN = settings(
+    derandomize=not SOAK,
+    database=None,
+    deadline=None,
+    print_blob=SOAK,
+    suppress_health_check=list(HealthCheck),
+    report_multiple_bugs=False,
+)
+"""Of tests that draw what servers and consumers do: the same examples at each push, others at every `make soak`."""
 
 
 def pytest_report_header() -> list[str]:
