@@ -7,6 +7,8 @@ is the best of several runs, taken by turns.
 
 from __future__ import annotations
 
+import functools
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -46,17 +48,16 @@ def main() -> None:
     print(f"Columns of {rows:,} values, in batches of {_BATCH_ROWS:,}, one core")
     for name, kind, value in _COLUMNS:
         batch = pa.array([value(n) for n in range(_BATCH_ROWS)])
-        (seconds,) = _best([lambda kind=kind, batch=batch: _parse(kind, [batch] * (rows // _BATCH_ROWS))])  # type: ignore[misc]
+        seconds = _best(functools.partial(_parse, kind, [batch] * (rows // _BATCH_ROWS)))
         print(f"  {name:40}  {rows / seconds / 1e6:6.2f} M values/s")
 
     plain = [pa.array(_MONEY)] * (rows // _BATCH_ROWS)
     odd = [*plain[:-1], pa.array([*_MONEY[: _BATCH_ROWS // 2], "NaN", *_MONEY[_BATCH_ROWS // 2 + 1 :]])]
-    without, with_one = _best([lambda: _parse(_NUMERIC, plain), lambda: _parse(_NUMERIC, odd)], runs=50)
-    ratio = with_one / without
-    print(f"one NaN in {rows:,} numerics: {without:.3f} s without, {with_one:.3f} s with it: {ratio - 1:+.1%}")
+    cost = _cost(lambda: _parse(_NUMERIC, plain), lambda: _parse(_NUMERIC, odd), runs=101)
+    print(f"one NaN in {rows:,} numerics costs {cost:+.1%}")
     plain_frames, odd_frames = frames(rows), frames(rows, odd=rows // 2)
-    without, with_one = _best([lambda: decode(plain_frames), lambda: decode(odd_frames)])
-    print(f"the same in rows of ten columns: {without:.3f} s, {with_one:.3f} s: {with_one / without - 1:+.1%}")
+    cost = _cost(lambda: decode(plain_frames), lambda: decode(odd_frames), runs=_RUNS)
+    print(f"the same in rows of ten columns: {cost:+.1%}")
 
 
 def _parse(kind: tuple[int, int], batches: Sequence[pa.StringArray]) -> None:
@@ -65,15 +66,20 @@ def _parse(kind: tuple[int, int], batches: Sequence[pa.StringArray]) -> None:
         held.parse(batch)
 
 
-def _best(works: Sequence[Callable[[], object]], runs: int = _RUNS) -> list[float]:
-    """Return the shortest time that each of `works` takes, in seconds of CPU."""
-    best = [float("inf")] * len(works)
-    for _ in range(runs):
-        for index, work in enumerate(works):
-            began = time.process_time()
-            work()
-            best[index] = min(best[index], time.process_time() - began)
-    return best
+def _best(work: Callable[[], object]) -> float:
+    """Return the shortest time that `work` takes, in seconds of CPU."""
+    return min(_seconds(work) for _ in range(_RUNS))
+
+
+def _cost(plain: Callable[[], object], odd: Callable[[], object], *, runs: int) -> float:
+    """Return by how much `odd` takes longer: the median of runs in turn, for the machine is not always as fast."""
+    return statistics.median(_seconds(odd) / _seconds(plain) for _ in range(runs)) - 1
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.process_time()
+    work()
+    return time.process_time() - began
 
 
 if __name__ == "__main__":
